@@ -14,14 +14,14 @@ const BlockSize = 4096
 // Limits on what a layer may hold. They bound memory for hostile input and lie
 // far above what real images have.
 const (
-	MaxEntries   = 2 << 20   // names in one layer
-	MaxPath      = 4095      // bytes of a path, as the kernel's PATH_MAX
-	MaxName      = 255       // bytes of one component, as NAME_MAX
-	MaxLink      = 4095      // bytes of a symlink's target
+	MaxEntries   = 2 << 20    // names in one layer
+	MaxPath      = 4095       // bytes of a path, as the kernel's PATH_MAX
+	MaxName      = 255        // bytes of one component, as NAME_MAX
+	MaxLink      = 4095       // bytes of a symlink's target
 	MaxXattr     = 64<<10 - 1 // bytes of one extended attribute's value
-	MaxXattrs    = 128 << 10 // bytes of all extended attributes of an entry
-	MaxFileSize  = 1 << 43   // bytes of one file
-	MaxDataSize  = 1 << 43   // bytes of one data file: 31 bits of blocks
-	MaxTOCSize   = 256 << 20 // bytes of an uncompressed table of contents
-	MaxBlobFrame = 1 << 40   // bytes of one compressed frame
+	MaxXattrs    = 128 << 10  // bytes of all extended attributes of an entry
+	MaxFileSize  = 1 << 43    // bytes of one file
+	MaxDataSize  = 1 << 43    // bytes of one data file: 31 bits of blocks
+	MaxTOCSize   = 256 << 20  // bytes of an uncompressed table of contents
+	MaxBlobFrame = 1 << 40    // bytes of one compressed frame
 )

@@ -1,0 +1,117 @@
+package index
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"io"
+)
+
+// The names of a layer are kept as one file, so that every image that has the
+// layer merges from it and nothing is fetched or scanned twice: the magic, the
+// entries as varints and counted strings, and a SHA-256 of all before it.
+const tocMagic = "varvetc1"
+
+// WriteTOC writes entries as [ReadTOC] reads them.
+func WriteTOC(w io.Writer, entries []Entry) error {
+	buf := make([]byte, 0, 64*len(entries)+128)
+	buf = append(buf, tocMagic...)
+	buf = binary.AppendUvarint(buf, uint64(len(entries)))
+	str := func(s string) {
+		buf = binary.AppendUvarint(buf, uint64(len(s)))
+		buf = append(buf, s...)
+	}
+	for i := range entries {
+		e := &entries[i]
+		str(e.Name)
+		hard := uint64(0)
+		if e.HardLink {
+			hard = 1
+		}
+		for _, v := range [...]uint64{uint64(e.Mode), uint64(e.UID), uint64(e.GID), uint64(e.Rdev), uint64(e.MtimeNs), uint64(e.Size), uint64(e.Data), hard} {
+			buf = binary.AppendUvarint(buf, v)
+		}
+		buf = binary.AppendVarint(buf, e.Mtime)
+		str(e.Link)
+		buf = binary.AppendUvarint(buf, uint64(len(e.Xattrs)))
+		for _, x := range e.Xattrs {
+			str(x.Name)
+			str(string(x.Value))
+		}
+	}
+	sum := sha256.Sum256(buf)
+	_, err := w.Write(append(buf, sum[:]...))
+	return err
+}
+
+// ReadTOC gives the entries that [WriteTOC] wrote. Their strings share raw's
+// memory in one copy. A file that was cut or changed is refused.
+func ReadTOC(raw []byte) ([]Entry, error) {
+	if len(raw) < len(tocMagic)+sha256.Size || string(raw[:len(tocMagic)]) != tocMagic {
+		return nil, fmt.Errorf("%w: not a layer's table of contents", ErrMalformed)
+	}
+	body, sum := raw[:len(raw)-sha256.Size], raw[len(raw)-sha256.Size:]
+	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
+		return nil, fmt.Errorf("%w: the layer's table of contents does not match its sum", ErrMalformed)
+	}
+	d := tocDecoder{s: string(body[len(tocMagic):])}
+	n := d.uint()
+	if n > MaxEntries {
+		return nil, fmt.Errorf("%w: %d entries in one layer", ErrMalformed, n)
+	}
+	entries := make([]Entry, n)
+	for i := range entries {
+		e := &entries[i]
+		e.Name = d.str()
+		e.Mode, e.UID, e.GID, e.Rdev, e.MtimeNs = uint32(d.uint()), uint32(d.uint()), uint32(d.uint()), uint32(d.uint()), uint32(d.uint())
+		e.Size, e.Data = int64(d.uint()), int64(d.uint())
+		e.HardLink = d.uint() == 1
+		e.Mtime = d.int()
+		e.Link = d.str()
+		if n := d.uint(); n > 0 && n <= MaxXattrs {
+			e.Xattrs = make([]Xattr, n)
+			for k := range e.Xattrs {
+				e.Xattrs[k] = Xattr{Name: d.str(), Value: []byte(d.str())}
+			}
+		}
+		if d.short {
+			return nil, fmt.Errorf("%w: the layer's table of contents ends early", ErrMalformed)
+		}
+	}
+	return entries, nil
+}
+
+type tocDecoder struct {
+	s     string
+	short bool
+}
+
+func (d *tocDecoder) uint() uint64 {
+	var v uint64
+	for i := 0; i < len(d.s) && i < binary.MaxVarintLen64; i++ {
+		v |= uint64(d.s[i]&0x7f) << (7 * i)
+		if d.s[i] < 0x80 {
+			d.s = d.s[i+1:]
+			return v
+		}
+	}
+	d.short = true
+	return 0
+}
+
+func (d *tocDecoder) int() int64 {
+	u := d.uint()
+	return int64(u>>1) ^ -int64(u&1)
+}
+
+func (d *tocDecoder) str() string {
+	n := d.uint()
+	if n > uint64(len(d.s)) {
+		d.short = true
+		return ""
+	}
+	s := d.s[:n]
+	d.s = d.s[n:]
+	return s
+}
