@@ -1,0 +1,253 @@
+package fetch
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+
+	"golang.org/x/sync/singleflight"
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/fetch/store"
+	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/metrics"
+)
+
+// The documents of a layer in the store.
+const (
+	tocDocument    = "toc"
+	framesDocument = "frames"
+	aboutDocument  = "about.json"
+)
+
+// Fetcher opens layers and shares what they have in common: the store, the
+// cores, the open layers themselves. It is safe for concurrent use.
+type Fetcher struct {
+	store    *store.Store
+	m        *metrics.Metrics
+	log      *slog.Logger
+	patience Patience
+	cpu      chan struct{} // one token for each core that decompresses
+	opening  singleflight.Group
+
+	opened sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows; taken before a layer's mu
+	layers map[string]*Layer
+	closed bool
+}
+
+// Config is what a Fetcher needs. Patience may be left zero.
+type Config struct {
+	Store    *store.Store
+	Metrics  *metrics.Metrics
+	Log      *slog.Logger
+	Patience Patience
+}
+
+// New gives a Fetcher. Close it.
+func New(c Config) *Fetcher {
+	f := &Fetcher{
+		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience,
+		cpu: make(chan struct{}, runtime.GOMAXPROCS(0)), layers: map[string]*Layer{},
+	}
+	f.opened.Go(f.openAll)
+	return f
+}
+
+// Request names a layer as its image's manifest does.
+type Request struct {
+	Digest      string
+	Size        int64
+	MediaType   string
+	Annotations map[string]string
+	DiffID      string // "" where the config is not known
+	Blob        Blob   // nil when the network may not be asked
+}
+
+// Open gives a layer whose names and frames are known: from the store, by its
+// table of contents, or by reading it whole. The caller closes it.
+func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
+	for {
+		h, err := f.acquire(q)
+		if !errors.Is(err, store.ErrNotFound) {
+			return h, err
+		}
+		if q.Blob == nil {
+			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, ErrOffline)
+		}
+		// Who comes second waits for the first, whose context rules; if that one
+		// was canceled, the second goes on by itself.
+		_, err, shared := f.opening.Do(q.Digest, func() (any, error) { return nil, f.prepare(ctx, q) })
+		if err != nil && (!shared || ctx.Err() != nil || !errors.Is(err, context.Canceled)) {
+			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
+		}
+	}
+}
+
+// acquire gives a handle of an open layer, or opens what the store has of it.
+func (f *Fetcher) acquire(q Request) (*Handle, error) {
+	l, err := f.resident(q.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if q.DiffID != "" && l.About.DiffID != "" && q.DiffID != l.About.DiffID {
+		return nil, fmt.Errorf("layer %.19s: %w: its diffID is %s, the image's config says %s", q.Digest, ErrVerify, l.About.DiffID, q.DiffID)
+	}
+	h := &Handle{Layer: l, blob: q.Blob}
+	if q.Blob != nil {
+		l.mu.Lock()
+		l.sources = append(l.sources, h)
+		l.mu.Unlock()
+	}
+	return h, nil
+}
+
+// resident gives a layer that stays open until the Fetcher is closed.
+func (f *Fetcher) resident(digest string) (*Layer, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, os.ErrClosed
+	}
+	if l := f.layers[digest]; l != nil {
+		return l, nil
+	}
+	l, err := f.load(digest)
+	if err == nil {
+		f.layers[digest] = l
+	}
+	return l, err
+}
+
+// openAll opens every layer of the store, so that what one holds need not be
+// fetched for another.
+func (f *Fetcher) openAll() {
+	digests, err := f.store.Digests()
+	if err != nil {
+		f.log.Warn("the store cannot be listed", "err", err)
+	}
+	for _, d := range digests {
+		if _, err := f.resident(d); err != nil && !errors.Is(err, store.ErrNotFound) {
+			if errors.Is(err, os.ErrClosed) {
+				return
+			}
+			f.log.Warn("layer in the store cannot be opened", "layer", d, "err", err)
+		}
+	}
+}
+
+// Close ends what is on its way and closes every layer. No mount may read any
+// more.
+func (f *Fetcher) Close() error {
+	f.mu.Lock()
+	f.closed = true
+	f.mu.Unlock()
+	f.opened.Wait()
+	var errs []error
+	for _, l := range f.layers {
+		errs = append(errs, l.close())
+	}
+	return errors.Join(errs...)
+}
+
+// load opens a layer of the store. A layer whose documents were damaged is
+// removed, so that it is made again.
+func (f *Fetcher) load(digest string) (*Layer, error) {
+	l := &Layer{f: f, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
+	raw, err := f.store.Map(digest, framesDocument)
+	if err != nil {
+		return nil, err
+	}
+	l.tableMap = raw
+	if err := l.documents(raw); err != nil {
+		unix.Munmap(raw)
+		if errors.Is(err, store.ErrNotFound) || errors.Is(err, index.ErrMalformed) {
+			f.log.Warn("layer in the store is damaged and made again", "layer", digest, "err", err)
+			return nil, errors.Join(store.ErrNotFound, f.store.Remove(digest))
+		}
+		return nil, err
+	}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	return l, nil
+}
+
+// documents reads what the store has of the layer beside its data.
+func (l *Layer) documents(raw []byte) (err error) {
+	if l.frames, err = index.ParseFrames(raw); err != nil {
+		return err
+	}
+	if err := l.frames.Verify(); err != nil {
+		return err
+	}
+	about, err := l.f.store.Document(l.Digest, aboutDocument)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(about, &l.About); err != nil {
+		return fmt.Errorf("%w: %s: %w", index.ErrMalformed, aboutDocument, err)
+	}
+	n, _, size := l.frames.Len()
+	if l.data, err = l.f.store.Open(l.Digest, size, n); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Entries reads the layer's names. They are not kept in memory.
+func (l *Layer) Entries() ([]index.Entry, error) {
+	raw, err := l.f.store.Document(l.Digest, tocDocument)
+	if err != nil {
+		return nil, err
+	}
+	return index.ReadTOC(raw)
+}
+
+// copyLocal fills a piece from another layer of the store that has the same
+// content.
+func (f *Fetcher) copyLocal(to *Layer, p *index.Piece) bool {
+	f.mu.Lock()
+	others := slices.Collect(maps.Values(f.layers))
+	f.mu.Unlock()
+	return slices.ContainsFunc(others, func(o *Layer) bool { return o != to && o.give(p, to) })
+}
+
+// give copies a piece that l holds into another layer's data file, verified on
+// the way as if it came from the network.
+func (l *Layer) give(p *index.Piece, to *Layer) bool {
+	own, ok := l.frames.Find(p.Digest)
+	if !ok || own.Size != p.Size || !l.data.Present(own.Frame) {
+		return false
+	}
+	err := decode(io.NewSectionReader(l.data.File(), own.Data, own.Size), index.Raw,
+		[]index.Piece{{Data: p.Data, Size: p.Size, Digest: p.Digest}}, to.data.File())
+	if errors.Is(err, ErrVerify) {
+		l.f.log.Warn("frame in the store is damaged and fetched again", "layer", l.Digest, "frame", own.Frame)
+		l.data.Drop(own.Frame)
+	}
+	return err == nil
+}
+
+// keep puts a layer into the store. data, where a layer was read whole, is the
+// staging that holds its contents.
+func (f *Fetcher) keep(g *store.Staging, l *index.Layer, about About, fetched int64, present bool) error {
+	if err := g.Document(tocDocument, func(w io.Writer) error { return index.WriteTOC(w, l.Entries) }); err != nil {
+		return err
+	}
+	if err := g.Document(framesDocument, func(w io.Writer) error { _, err := l.Frames.WriteTo(w); return err }); err != nil {
+		return err
+	}
+	if err := g.Document(aboutDocument, func(w io.Writer) error { return json.NewEncoder(w).Encode(about) }); err != nil {
+		return err
+	}
+	n, _, size := l.Frames.Len()
+	return g.Commit(size, n, fetched, present)
+}

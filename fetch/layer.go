@@ -1,0 +1,297 @@
+package fetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/fetch/store"
+	"github.com/varvefs/varve/index"
+)
+
+// About is what is known of how a layer is read, kept beside it.
+type About struct {
+	Format string // estargz, zstd:chunked, tar+gzip, tar+zstd, tar
+	Why    string // in a few words
+	DiffID string // known once the layer was read whole
+	Size   int64  // bytes of the blob
+}
+
+// Layer is an open layer: its data file, the table that says which frames fill
+// it, and the blob they come from. One Layer serves all mounts of its digest.
+// It is safe for concurrent use.
+type Layer struct {
+	f      *Fetcher
+	Digest string
+	About  About
+
+	frames   *index.Frames
+	tableMap []byte // the mapping that frames reads from
+	data     *store.Data
+	ctx      context.Context // ends when the layer is closed
+	cancel   context.CancelFunc
+	runs     sync.WaitGroup
+
+	mu      sync.Mutex      // guards what follows; no other lock is taken under it
+	flights map[int]*flight // frames on their way
+	failed  map[int]failure // frames that failed a moment ago
+	sources []*Handle       // who lets the network be asked, the newest last
+}
+
+// Handle is a layer as one mount holds it. While it is open its blob may be
+// asked for what the layer misses.
+type Handle struct {
+	*Layer
+	blob Blob
+}
+
+// Close takes the handle's blob away from the layer.
+func (h *Handle) Close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.sources = slices.DeleteFunc(h.sources, func(o *Handle) bool { return o == h })
+}
+
+// flight is a frame on its way: once however many wait for it.
+type flight struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+type failure struct {
+	err   error
+	until time.Time
+}
+
+// Fd gives the data file's descriptor. It belongs to the layer and stays open
+// until the Fetcher is closed.
+func (l *Layer) Fd() int { return l.data.Fd() }
+
+// Path gives the data file's path.
+func (l *Layer) Path() string { return l.data.Path() }
+
+// Size gives the bytes of the data file.
+func (l *Layer) Size() int64 { _, _, n := l.frames.Len(); return n }
+
+// Whole reports whether every frame is present, so that the data file may be
+// read without asking.
+func (l *Layer) Whole() bool { return l.data.Missing() == 0 }
+
+// Fetched gives the bytes that the network has brought for this layer.
+func (l *Layer) Fetched() int64 { return l.data.Fetched() }
+
+// Local gives the compressed bytes of the frames that are present.
+func (l *Layer) Local() (n int64) {
+	frames, _, _ := l.frames.Len()
+	if l.Whole() {
+		return l.About.Size
+	}
+	for i := range frames {
+		if l.data.Present(i) {
+			n += l.frames.Frame(i).Length
+		}
+	}
+	return n
+}
+
+// Ensure returns nil when [off, off+n) of the data file holds what the layer has
+// there. It fetches what is missing, once for all who wait. Only the layer's own
+// life ends a fetch: a reader that is interrupted does not, or a program that
+// signals itself, as every Go program does, could never be read.
+func (l *Layer) Ensure(off, n int64) error {
+	from, to := l.frames.PiecesIn(off, n)
+	for i := from; i < to; i++ {
+		if !l.data.Present(l.frames.FrameOf(i)) {
+			return l.fetch(from, to)
+		}
+	}
+	return nil
+}
+
+// fetch brings the frames of pieces [from, to).
+func (l *Layer) fetch(from, to int) error {
+	var missing []int
+	for i := from; i < to; i++ {
+		if f := l.frames.FrameOf(i); !l.data.Present(f) {
+			missing = append(missing, f)
+		}
+	}
+	slices.Sort(missing)
+	waits, claimed, err := l.claim(slices.Compact(missing))
+	if err != nil {
+		return err
+	}
+	if len(claimed) > 0 {
+		l.start(claimed)
+	}
+	for _, w := range waits {
+		<-w.done
+		if w.err != nil {
+			return w.err
+		}
+	}
+	return nil
+}
+
+// claim joins the flights of frames that are on their way and begins those of
+// the others, which the caller must start.
+func (l *Layer) claim(frames []int) (waits []*flight, claimed []int, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ctx.Err() != nil {
+		return nil, nil, os.ErrClosed
+	}
+	for _, f := range frames {
+		if bad, ok := l.failed[f]; ok {
+			if time.Now().Before(bad.until) {
+				return nil, nil, bad.err
+			}
+			delete(l.failed, f)
+		}
+	}
+	for _, f := range frames {
+		w := l.flights[f]
+		if w == nil {
+			if l.data.Present(f) {
+				continue // it came in before the lock was ours
+			}
+			w = &flight{done: make(chan struct{})}
+			l.flights[f] = w
+			claimed = append(claimed, f)
+		}
+		waits = append(waits, w)
+	}
+	if len(claimed) > 0 {
+		l.runs.Add(1) // under the lock, so that close cannot have begun to wait
+	}
+	return waits, claimed, nil
+}
+
+// claimRest claims every frame from the given one on that is neither present nor
+// on its way: a blob that comes whole gives all of them.
+func (l *Layer) claimRest() (claimed []int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n, _, _ := l.frames.Len()
+	for f := range n {
+		if l.flights[f] == nil && !l.data.Present(f) {
+			l.flights[f] = &flight{done: make(chan struct{})}
+			claimed = append(claimed, f)
+		}
+	}
+	return claimed
+}
+
+// land ends a frame's flight.
+func (l *Layer) land(frame int, err error) {
+	if err == nil {
+		l.data.SetPresent(frame)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w := l.flights[frame]
+	delete(l.flights, frame)
+	if err != nil {
+		// A short memory keeps readers that try again and again from making a
+		// storm of requests.
+		if len(l.failed) > 1024 {
+			clear(l.failed)
+		}
+		l.failed[frame] = failure{err, time.Now().Add(time.Second)}
+	}
+	w.err = err
+	close(w.done)
+}
+
+// start brings claimed frames in the background: from this machine where it has
+// their contents, else from the blob, adjacent ones in one request.
+func (l *Layer) start(claimed []int) {
+	go func() {
+		defer l.runs.Done()
+		claimed = slices.DeleteFunc(claimed, func(f int) bool {
+			ok := l.fromDisk(f)
+			if ok {
+				l.land(f, nil)
+			}
+			return ok
+		})
+		var wg sync.WaitGroup
+		for len(claimed) > 0 {
+			n := l.adjacent(claimed)
+			run := claimed[:n]
+			claimed = claimed[n:]
+			wg.Go(func() { l.run(run) })
+		}
+		wg.Wait()
+	}()
+}
+
+// adjacent counts the frames at the head of the list that one request can bring.
+func (l *Layer) adjacent(frames []int) int {
+	f := l.frames.Frame(frames[0])
+	for i, n := range frames[1:] {
+		next := l.frames.Frame(n)
+		if f.Kind != next.Kind || f.Kind != index.Stream && f.Offset+f.Length != next.Offset {
+			return i + 1
+		}
+		f = next
+	}
+	return len(frames)
+}
+
+// fromDisk fills a frame without the network: its own bytes where they were
+// only doubted, or those of another layer with the same digest.
+func (l *Layer) fromDisk(frame int) bool {
+	pieces := l.frames.FramePieces(frame)
+	if l.data.Doubted(frame) {
+		if l.holds(pieces) {
+			l.f.m.ReadBytes.WithLabelValues("cache").Add(float64(sizeOf(pieces)))
+			return true
+		}
+		l.data.Drop(frame)
+	}
+	if len(pieces) == 0 {
+		return true
+	}
+	for i := range pieces {
+		if !l.f.copyLocal(l, &pieces[i]) {
+			return false
+		}
+	}
+	l.f.m.ReadBytes.WithLabelValues("local").Add(float64(sizeOf(pieces)))
+	return true
+}
+
+func (l *Layer) holds(pieces []index.Piece) bool {
+	for i := range pieces {
+		if err := checkPiece(l.data.File(), &pieces[i]); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+func sizeOf(pieces []index.Piece) (n int64) {
+	for i := range pieces {
+		n += pieces[i].Size
+	}
+	return n
+}
+
+// close ends what is on its way and closes the files.
+func (l *Layer) close() error {
+	l.mu.Lock()
+	l.cancel()
+	l.mu.Unlock()
+	l.runs.Wait()
+	return errors.Join(l.data.Close(), unix.Munmap(l.tableMap))
+}
+
+// String names the layer in errors.
+func (l *Layer) String() string { return fmt.Sprintf("layer %.19s", l.Digest) }

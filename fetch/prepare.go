@@ -1,0 +1,221 @@
+package fetch
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/varvefs/varve/fetch/store"
+	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/estargz"
+	"github.com/varvefs/varve/index/tarscan"
+	"github.com/varvefs/varve/index/zstdchunked"
+)
+
+// prepare brings a layer that the store does not have: its table of contents
+// where it has one that its manifest vouches for, else the whole of it.
+func (f *Fetcher) prepare(ctx context.Context, q Request) error {
+	p := preparation{Fetcher: f, Request: q, ctx: ctx}
+	return p.run()
+}
+
+// preparation is a layer on its way into the store.
+type preparation struct {
+	*Fetcher
+	Request
+	ctx     context.Context // of the one call that prepares
+	fetched int64
+}
+
+func (p *preparation) run() error {
+	g, err := p.store.Stage(p.Digest)
+	if err != nil {
+		return err
+	}
+	defer g.Discard()
+	position, chunked, err := zstdchunked.FromAnnotations(p.Annotations)
+	if err != nil {
+		return err
+	}
+	toc, star := estargz.TOCDigest(p.Annotations)
+	var l *index.Layer
+	about := About{Size: p.Size}
+	switch {
+	case chunked:
+		about.Format, about.Why = "zstd:chunked", "its table of contents is named by the manifest ("+position.Dialect+")"
+		l, err = p.zstdChunked(position)
+	case star:
+		about.Format, about.Why = "estargz", "its table of contents is named by the manifest"
+		l, err = p.eStargz(toc)
+	default:
+		return p.whole(g, "no_index", "it has no table of contents, so it was read whole once")
+	}
+	if errors.Is(err, errUnranged) {
+		return p.whole(g, "no_range", "the registry does not serve ranges, so it was read whole once")
+	}
+	if err != nil {
+		return err
+	}
+	return p.keep(g, l, about, p.fetched, false)
+}
+
+// section reads [off, off+n) of a layer's blob into memory.
+func (p *preparation) section(off, n int64) ([]byte, error) {
+	if n < 0 || n > index.MaxTOCSize || off < 0 || off > p.Size-n {
+		return nil, fmt.Errorf("%w: a table of contents of %d bytes at %d of a blob of %d", index.ErrMalformed, n, off, p.Size)
+	}
+	r := p.reader(off, off+n)
+	r.ranged = true
+	defer r.Close()
+	b := make([]byte, n)
+	_, err := io.ReadFull(r, b)
+	return b, err
+}
+
+func (p *preparation) reader(off, end int64) *reader {
+	const reason = "index"
+	r := newReader(withReason(p.ctx, reason), p.Blob, off, end, p.patience)
+	r.count = func(n int) {
+		p.fetched += int64(n)
+		p.m.FetchBytes.WithLabelValues(reason).Add(float64(n))
+	}
+	r.retry = p.m.FetchRetries.WithLabelValues(reason).Inc
+	return r
+}
+
+func (p *preparation) zstdChunked(at zstdchunked.Position) (*index.Layer, error) {
+	toc, err := p.section(at.Offset, at.Length)
+	if err != nil {
+		return nil, err
+	}
+	l, err := zstdchunked.Read(bytes.NewReader(toc), at, p.Size)
+	return l, p.indexError(err)
+}
+
+// eStargz asks for the end of the blob, large enough that footer and table of
+// contents mostly come in one round trip, and then for what was not in it.
+func (p *preparation) eStargz(digest string) (*index.Layer, error) {
+	n := estargz.TailSize(p.Size)
+	tail, err := p.section(p.Size-n, n)
+	if err != nil {
+		return nil, err
+	}
+	off, length, err := estargz.Locate(tail, p.Size)
+	if err != nil {
+		return nil, p.indexError(err)
+	}
+	toc := tail
+	if start := p.Size - n; off < start {
+		head, err := p.section(off, start-off)
+		if err != nil {
+			return nil, err
+		}
+		toc = append(head, tail...)
+	} else {
+		toc = tail[off-start:]
+	}
+	l, _, err := estargz.Read(bytes.NewReader(toc[:min(length, int64(len(toc)))]), digest, p.Size, off)
+	return l, p.indexError(err)
+}
+
+func (p *preparation) indexError(err error) error {
+	if err != nil {
+		p.m.VerifyFailures.WithLabelValues("index").Inc()
+		return fmt.Errorf("its table of contents: %w", err)
+	}
+	return nil
+}
+
+// whole reads a layer from its first byte to its last, checks what its manifest
+// and config say of it, and keeps everything.
+func (p *preparation) whole(g *store.Staging, reason, why string) error {
+	p.m.LazyFallbacks.WithLabelValues(reason).Inc()
+	r := p.reader(0, p.Size)
+	defer r.Close()
+	l, res, err := scan(r, g)
+	if err != nil {
+		return err
+	}
+	if got := res.Digest.String(); got != p.Digest {
+		p.m.VerifyFailures.WithLabelValues("layer").Inc()
+		return fmt.Errorf("%w: the blob's digest is %s", ErrVerify, got)
+	}
+	if got := res.DiffID.String(); p.DiffID != "" && got != p.DiffID {
+		p.m.VerifyFailures.WithLabelValues("layer").Inc()
+		return fmt.Errorf("%w: its diffID is %s, the image's config says %s", ErrVerify, got, p.DiffID)
+	}
+	return p.keep(g, l, About{Format: formatOf(res.Compression), Why: why, DiffID: res.DiffID.String(), Size: p.Size}, p.fetched, true)
+}
+
+func formatOf(c tarscan.Compression) string {
+	name := strings.ToLower(c.String())
+	if c == tarscan.None {
+		return "tar"
+	}
+	return "tar+" + name
+}
+
+// scan streams a layer's blob into sink.
+func scan(r io.Reader, sink tarscan.Sink) (*index.Layer, tarscan.Result, error) {
+	l, res, err := tarscan.Scan(r, sink)
+	if err != nil {
+		return nil, res, err
+	}
+	return l, res, nil
+}
+
+// restream fills frames that cannot be had by themselves by reading the layer
+// once more from its start. Only what is missing is written.
+func (l *Layer) restream(frames []int) {
+	blob, err := l.blob()
+	if err == nil {
+		l.f.m.LazyFallbacks.WithLabelValues("dropped").Inc()
+		frames = merge(frames, l.claimRest())
+		if err := l.punch(frames); err != nil {
+			l.landAll(frames, err)
+			return
+		}
+		r := l.open(blob, 0, blob.Size())
+		var res tarscan.Result
+		_, res, err = scan(r, missingOnly{l})
+		r.Close()
+		if err == nil && res.Digest.String() != l.Digest {
+			l.f.m.VerifyFailures.WithLabelValues("layer").Inc()
+			err = fmt.Errorf("%w: the blob's digest is %s", ErrVerify, res.Digest)
+		}
+	}
+	l.landAll(frames, err)
+}
+
+// punch clears what a pass that skips zeroes would leave as it is.
+func (l *Layer) punch(frames []int) error {
+	for _, f := range frames {
+		for _, p := range l.frames.FramePieces(f) {
+			if err := l.data.Punch(p.Data, p.Size); err != nil {
+				return fmt.Errorf("clear a missing range of %v: %w", l, err)
+			}
+		}
+	}
+	return nil
+}
+
+// missingOnly keeps a second pass away from what the first one verified.
+type missingOnly struct{ l *Layer }
+
+func (w missingOnly) WriteAt(p []byte, off int64) (int, error) {
+	from, to := w.l.frames.PiecesIn(off, int64(len(p)))
+	for i := from; i < to; i++ {
+		piece := w.l.frames.Piece(i)
+		if w.l.data.Present(piece.Frame) {
+			continue
+		}
+		a, b := max(off, piece.Data), min(off+int64(len(p)), piece.Data+piece.Size)
+		if _, err := w.l.data.File().WriteAt(p[a-off:b-off], a); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
+}

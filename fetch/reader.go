@@ -1,0 +1,183 @@
+package fetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"time"
+)
+
+// Patience is how long a read waits for the network. The zero value is the
+// defaults; tests shorten them.
+type Patience struct {
+	Stall time.Duration // without a byte before an attempt is given up, default 20 s
+	Total time.Duration // without progress over all attempts, default 60 s
+	Base  time.Duration // first pause between attempts, default 100 ms
+}
+
+func (p Patience) orDefault() Patience {
+	if p.Stall == 0 {
+		p.Stall = 20 * time.Second
+	}
+	if p.Total == 0 {
+		p.Total = 60 * time.Second
+	}
+	if p.Base == 0 {
+		p.Base = 100 * time.Millisecond
+	}
+	return p
+}
+
+// reader reads a range of a blob and hides what goes wrong on the way: a
+// connection that breaks, stalls or ends early is made again from where it
+// stopped. It gives up when there was no progress for Patience.Total.
+type reader struct {
+	ctx   context.Context
+	blob  Blob
+	wait  Patience
+	count func(n int) // bytes that came over the network
+	retry func()
+
+	off, end int64
+	body     io.ReadCloser
+	cancel   context.CancelFunc
+	watch    *time.Timer
+	at       int64 // where body stands
+	progress time.Time
+	tries    int
+	ranged   bool // refuse a body that begins elsewhere
+}
+
+// newReader prepares to read [off, end). Close it.
+func newReader(ctx context.Context, blob Blob, off, end int64, wait Patience) *reader {
+	return &reader{ctx: ctx, blob: blob, wait: wait.orDefault(), off: off, end: end, progress: time.Now(), count: func(int) {}, retry: func() {}}
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	if r.off >= r.end {
+		return 0, io.EOF
+	}
+	p = p[:min(int64(len(p)), r.end-r.off)]
+	for {
+		n, err := r.attempt(p)
+		if n > 0 {
+			r.progress, r.tries = time.Now(), 0
+			return n, nil
+		}
+		if errors.Is(err, errUnranged) {
+			return 0, err
+		}
+		if err := r.pause(err); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// attempt reads once, from a body that it opens where there is none.
+func (r *reader) attempt(p []byte) (int, error) {
+	if r.body == nil {
+		if err := r.open(); err != nil {
+			return 0, err
+		}
+	}
+	for r.at < r.off { // a whole blob was given: let pass what comes before
+		n, err := r.read(p[:min(int64(len(p)), r.off-r.at)])
+		if n == 0 {
+			return 0, r.broken(err)
+		}
+	}
+	n, err := r.read(p)
+	if n == 0 {
+		return 0, r.broken(err)
+	}
+	r.off += int64(n)
+	return n, nil
+}
+
+func (r *reader) read(p []byte) (int, error) {
+	r.watch.Reset(r.wait.Stall)
+	n, err := r.body.Read(p)
+	r.watch.Stop()
+	r.at += int64(n)
+	r.count(n)
+	return n, err
+}
+
+func (r *reader) open() error {
+	ctx, cancel := context.WithCancel(r.ctx)
+	r.watch = time.AfterFunc(r.wait.Stall, cancel)
+	body, at, err := r.blob.Open(ctx, r.off, r.end-r.off)
+	if err == nil && at != r.off && r.ranged {
+		body.Close()
+		err = errUnranged
+	}
+	if err != nil {
+		r.watch.Stop()
+		cancel()
+		return err
+	}
+	r.body, r.at, r.cancel = body, at, cancel
+	return nil
+}
+
+func (r *reader) broken(err error) error {
+	r.drop()
+	if err == nil || err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func (r *reader) drop() {
+	if r.body != nil {
+		r.cancel()
+		r.body.Close()
+		r.watch.Stop()
+		r.body = nil
+	}
+}
+
+// pause waits before the next attempt, or gives up with the reason of the last.
+func (r *reader) pause(cause error) error {
+	if r.ctx.Err() != nil {
+		return context.Cause(r.ctx)
+	}
+	left := r.wait.Total - time.Since(r.progress)
+	if !temporary(cause) && r.tries > 0 || left <= 0 {
+		return fmt.Errorf("%w: %w", ErrUnavailable, cause)
+	}
+	d := r.wait.Base << min(r.tries, 6)
+	d = d/2 + rand.N(d)
+	var se *StatusError
+	if errors.As(cause, &se) && se.RetryAfter > 0 {
+		d = se.RetryAfter
+	}
+	r.tries++
+	r.retry()
+	t := time.NewTimer(min(d, left))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-r.ctx.Done():
+		return context.Cause(r.ctx)
+	}
+}
+
+func (r *reader) Close() error {
+	r.drop()
+	return nil
+}
+
+// temporary reports whether trying again may help. An answer that refuses is
+// tried once more, since a token or a signature may just have run out; what is
+// no answer at all is.
+func temporary(err error) bool {
+	var se *StatusError
+	if errors.As(err, &se) {
+		return se.Temporary()
+	}
+	return true
+}

@@ -1,0 +1,168 @@
+package fetch
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/varvefs/varve/index"
+)
+
+// wholeFrame is up to what compressed size a frame is read into memory, so that
+// it is decompressed beside the next one's transfer.
+const wholeFrame = 16 << 20
+
+// run brings frames that one request can bring, and lands each, come what may.
+func (l *Layer) run(frames []int) {
+	if l.frames.Frame(frames[0]).Kind == index.Stream {
+		l.restream(frames)
+		return
+	}
+	blob, err := l.blob()
+	if err != nil {
+		l.landAll(frames, err)
+		return
+	}
+	first, last := l.frames.Frame(frames[0]), l.frames.Frame(frames[len(frames)-1])
+	r := l.open(blob, first.Offset, last.Offset+last.Length)
+	r.ranged = true
+	left, err := l.read(r, frames)
+	r.Close()
+	if !errors.Is(err, errUnranged) {
+		l.landAll(left, err)
+		return
+	}
+	// The whole blob comes or nothing: then let it fill all it can.
+	l.f.m.LazyFallbacks.WithLabelValues("no_range").Inc()
+	l.f.log.Warn("the registry does not serve ranges: the layer is read whole", "layer", l.Digest)
+	all := merge(left, l.claimRest())
+	r = l.open(blob, 0, blob.Size())
+	left, err = l.read(r, all)
+	r.Close()
+	l.landAll(left, err)
+}
+
+func (l *Layer) landAll(frames []int, err error) {
+	for _, f := range frames {
+		l.land(f, err)
+	}
+}
+
+// read takes frames, in the order of the blob, out of one body, decompresses
+// them on all cores and lands them. It gives back those that err kept from it.
+func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for i, n := range frames {
+		f := l.frames.Frame(n)
+		if gap := f.Offset - r.off; gap > 0 {
+			if _, err := io.CopyN(io.Discard, r, gap); err != nil {
+				return frames[i:], err
+			}
+		}
+		if f.Length > wholeFrame {
+			body := io.LimitReader(r, f.Length)
+			derr := decode(body, f.Kind, l.frames.FramePieces(n), l.data.File())
+			if _, err := io.Copy(io.Discard, body); err != nil {
+				return frames[i:], err
+			}
+			l.landed(n, nil, derr)
+			continue
+		}
+		buf := make([]byte, f.Length)
+		if _, err := io.ReadFull(r, buf); err != nil {
+			return frames[i:], err
+		}
+		l.f.cpu <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-l.f.cpu }()
+			l.landed(n, &f, decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File()))
+		})
+	}
+	return nil, nil
+}
+
+// landed lands a frame that was read. One that does not verify is asked for once
+// more, from another origin where there is one: a proxy may have spoilt it.
+func (l *Layer) landed(n int, again *index.Frame, err error) {
+	if errors.Is(err, ErrVerify) {
+		l.f.m.VerifyFailures.WithLabelValues("chunk").Inc()
+		if again != nil && l.ctx.Err() == nil {
+			err = l.again(n, *again)
+		}
+	}
+	if err == nil {
+		l.f.m.ReadBytes.WithLabelValues("registry").Add(float64(sizeOf(l.frames.FramePieces(n))))
+	}
+	l.land(n, err)
+}
+
+func (l *Layer) again(n int, f index.Frame) error {
+	blob, err := l.blob()
+	if err != nil {
+		return err
+	}
+	blob.skip()
+	r := l.open(blob, f.Offset, f.Offset+f.Length)
+	defer r.Close()
+	buf := make([]byte, f.Length)
+	if _, err := io.ReadFull(r, buf); err != nil {
+		return err
+	}
+	return decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File())
+}
+
+// open gives a reader of the blob that counts for this layer.
+func (l *Layer) open(blob Blob, from, to int64) *reader {
+	r := newReader(withReason(l.ctx, "demand"), blob, from, to, l.f.patience)
+	r.count = func(n int) {
+		l.data.AddFetched(int64(n))
+		l.f.m.FetchBytes.WithLabelValues("demand").Add(float64(n))
+	}
+	r.retry = l.f.m.FetchRetries.WithLabelValues("demand").Inc
+	return r
+}
+
+// blob gives the blob as the open handles have it, the newest first.
+func (l *Layer) blob() (anyOf, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.sources) == 0 {
+		return nil, fmt.Errorf("%v: %w", l, ErrOffline)
+	}
+	blobs := make(anyOf, 0, len(l.sources))
+	for _, h := range slices.Backward(l.sources) {
+		blobs = append(blobs, h.blob)
+	}
+	return blobs, nil
+}
+
+// checkPiece compares a piece in a data file with its digest.
+func checkPiece(f *os.File, p *index.Piece) error {
+	h := sha256.New()
+	if n, err := io.Copy(h, io.NewSectionReader(f, p.Data, p.Size)); err != nil || n != p.Size {
+		return fmt.Errorf("%w: %d of %d bytes: %w", ErrVerify, n, p.Size, err)
+	}
+	if sum := sumOf(h); sum != p.Digest {
+		return mismatch(p, sum)
+	}
+	return nil
+}
+
+// merge gives the union of two ascending lists.
+func merge(a, b []int) []int {
+	out := make([]int, 0, len(a)+len(b))
+	for len(a) > 0 && len(b) > 0 {
+		if a[0] < b[0] {
+			out, a = append(out, a[0]), a[1:]
+		} else {
+			out, b = append(out, b[0]), b[1:]
+		}
+	}
+	return append(append(out, a...), b...)
+}

@@ -1,0 +1,201 @@
+// Package store keeps the data files of layers on disk: which frames of them
+// are there, and that nothing is trusted which was not verified since the
+// machine started.
+//
+// A layer is a directory, layers/<digest with "-" for ":">, put there whole by
+// a rename: the sparse data file, the presence file, and documents that the
+// caller names and the store does not read (the layer's table of contents, its
+// frame table). It is made under tmp/.
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotFound says that the store does not have the layer.
+var ErrNotFound = errors.New("not in the store")
+
+// Store is a directory of layers. It is safe for concurrent use by one process;
+// the caller keeps a second process out.
+type Store struct {
+	dir  string
+	boot string
+}
+
+// Open makes the directory if it is missing, readable by its owner only, and
+// removes what an interrupted run left half-made.
+func Open(dir string) (*Store, error) {
+	for _, d := range []string{dir, filepath.Join(dir, "layers")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("make the store: %w", err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "tmp")); err != nil {
+		return nil, fmt.Errorf("clean the store: %w", err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "tmp"), 0o700); err != nil {
+		return nil, fmt.Errorf("make the store: %w", err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, err
+	}
+	return &Store{dir: dir, boot: strings.TrimSpace(string(boot))}, nil
+}
+
+func (s *Store) layerDir(digest string) string {
+	return filepath.Join(s.dir, "layers", strings.ReplaceAll(digest, ":", "-"))
+}
+
+// Digests lists the layers that the store has.
+func (s *Store) Digests() ([]string, error) {
+	es, err := os.ReadDir(filepath.Join(s.dir, "layers"))
+	if err != nil {
+		return nil, err
+	}
+	var ds []string
+	for _, e := range es {
+		ds = append(ds, strings.Replace(e.Name(), "-", ":", 1))
+	}
+	return ds, nil
+}
+
+// Document gives a document of a layer, or ErrNotFound.
+func (s *Store) Document(digest, name string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(s.layerDir(digest), name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("layer %s: %s: %w", digest, name, ErrNotFound)
+	}
+	return b, err
+}
+
+// Map gives a document mapped into memory. The caller unmaps it.
+func (s *Store) Map(digest, name string) ([]byte, error) {
+	f, err := os.Open(filepath.Join(s.layerDir(digest), name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("layer %s: %s: %w", digest, name, ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if st.Size() == 0 || st.Size() > 1<<36 {
+		return nil, fmt.Errorf("layer %s: %s has %d bytes", digest, name, st.Size())
+	}
+	return unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_SHARED)
+}
+
+// Remove forgets a layer. Its open files stay usable until they are closed.
+func (s *Store) Remove(digest string) error { return os.RemoveAll(s.layerDir(digest)) }
+
+// Bytes gives what the store takes on its disk, holes not counted.
+func (s *Store) Bytes() (n int64) {
+	filepath.WalkDir(s.dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return nil
+		}
+		if info, err := d.Info(); err == nil {
+			n += blocks(info)
+		}
+		return nil
+	})
+	return n
+}
+
+// Staging is a layer in the making. Until [Staging.Commit] nobody sees it.
+type Staging struct {
+	s      *Store
+	digest string
+	dir    string
+	data   *os.File
+}
+
+// Stage begins a layer. Call [Staging.Discard] in any case when done with it.
+func (s *Store) Stage(digest string) (*Staging, error) {
+	dir, err := os.MkdirTemp(filepath.Join(s.dir, "tmp"), "layer-")
+	if err != nil {
+		return nil, fmt.Errorf("stage layer %s: %w", digest, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, dataName), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, fmt.Errorf("stage layer %s: %w", digest, err)
+	}
+	return &Staging{s: s, digest: digest, dir: dir, data: f}, nil
+}
+
+// WriteAt writes into the data file.
+func (g *Staging) WriteAt(p []byte, off int64) (int, error) { return g.data.WriteAt(p, off) }
+
+// Document adds a document.
+func (g *Staging) Document(name string, write func(io.Writer) error) error {
+	return writeFile(filepath.Join(g.dir, name), write)
+}
+
+// Commit gives the layer its name: the data file its size, frames frames of
+// which all or none are present, and fetched, the bytes that the network brought
+// for it so far. If another caller was faster, theirs stays.
+func (g *Staging) Commit(dataSize int64, frames int, fetched int64, present bool) error {
+	if err := g.commit(dataSize, frames, fetched, present); err != nil {
+		return fmt.Errorf("commit layer %s: %w", g.digest, err)
+	}
+	return nil
+}
+
+func (g *Staging) commit(dataSize int64, frames int, fetched int64, present bool) error {
+	if err := g.data.Truncate(dataSize); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(g.dir, presenceName), func(w io.Writer) error {
+		return writePresence(w, g.s.boot, frames, fetched, present)
+	}); err != nil {
+		return err
+	}
+	// The documents are synced. The data is not: what it holds is doubted after
+	// the next start of the machine and verified before it is served.
+	to := g.s.layerDir(g.digest)
+	if err := os.Rename(g.dir, to); err != nil {
+		if _, serr := os.Stat(to); serr != nil {
+			return err
+		}
+	}
+	return syncDir(filepath.Dir(to))
+}
+
+// Discard removes what was not committed.
+func (g *Staging) Discard() {
+	g.data.Close()
+	os.RemoveAll(g.dir)
+}
+
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	err = write(f)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,126 @@
+package fs
+
+import (
+	"sync"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/varvefs/varve/index"
+)
+
+// DataFiles is a FUSE directory that has nothing in it but data files, for the
+// kernel's EROFS to read through: the kernel does all that concerns names, and
+// asks here only for bytes that it has not cached. A file's node id is its place
+// in the list plus two, and is never given to another.
+type DataFiles struct {
+	fuse.RawFileSystem
+	fault func(name string, off int64, err error)
+	ops   *ops
+
+	mu    sync.RWMutex // guards what follows
+	names map[string]uint64
+	files []Data
+	known []string
+}
+
+// NewDataFiles gives an empty directory.
+func NewDataFiles(o Options, fault func(name string, off int64, err error)) *DataFiles {
+	return &DataFiles{RawFileSystem: fuse.NewDefaultRawFileSystem(), fault: fault, ops: newOps(o.Metrics), names: map[string]uint64{}}
+}
+
+func (d *DataFiles) String() string { return "varve data" }
+
+// Add makes a data file visible under a name. A name that is there keeps its
+// file.
+func (d *DataFiles) Add(name string, f Data) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.names[name]; ok {
+		return
+	}
+	d.files = append(d.files, f)
+	d.known = append(d.known, name)
+	d.names[name] = uint64(len(d.files)) + 1
+}
+
+func (d *DataFiles) file(id uint64) (Data, string) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if i := id - 2; i < uint64(len(d.files)) {
+		return d.files[i], d.known[i]
+	}
+	return nil, ""
+}
+
+func (d *DataFiles) attr(id uint64, out *fuse.Attr) bool {
+	out.Ino, out.Nlink, out.Blksize = id, 1, index.BlockSize
+	if id == fuse.FUSE_ROOT_ID {
+		out.Mode = fuse.S_IFDIR | 0o500
+		return true
+	}
+	f, _ := d.file(id)
+	if f == nil {
+		return false
+	}
+	out.Mode, out.Size = fuse.S_IFREG|0o400, uint64(f.Size())
+	out.Blocks = out.Size / 512
+	return true
+}
+
+func (d *DataFiles) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	d.mu.RLock()
+	id, ok := d.names[name]
+	d.mu.RUnlock()
+	if !ok || h.NodeId != fuse.FUSE_ROOT_ID {
+		return fuse.ENOENT // not for long: more files come
+	}
+	out.NodeId, out.Generation = id, 1
+	out.SetEntryTimeout(forever)
+	out.SetAttrTimeout(forever)
+	d.attr(id, &out.Attr)
+	return fuse.OK
+}
+
+func (d *DataFiles) GetAttr(_ <-chan struct{}, h *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.SetTimeout(forever)
+	if !d.attr(h.NodeId, &out.Attr) {
+		return fuse.ENOENT
+	}
+	return fuse.OK
+}
+
+func (d *DataFiles) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
+	return fuse.ENOSYS // see Tree.Open
+}
+
+func (d *DataFiles) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
+	return fuse.ENOSYS
+}
+
+func (d *DataFiles) ReadDir(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return fuse.OK // names are for those who know them
+}
+
+func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadResult, st fuse.Status) {
+	defer d.ops.done(opRead, time.Now(), &st)
+	f, name := d.file(h.NodeId)
+	if f == nil {
+		return nil, fuse.ENOENT
+	}
+	off := int64(h.Offset)
+	n := min(int64(h.Size), f.Size()-off)
+	if n <= 0 {
+		return fuse.ReadResultData(nil), fuse.OK
+	}
+	if err := f.Ensure(off, n); err != nil {
+		d.fault(name, off, err)
+		return nil, status(err)
+	}
+	return fuse.ReadResultFd(uintptr(f.Fd()), off, int(n)), fuse.OK
+}
+
+func (d *DataFiles) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	out.Bsize, out.Frsize = index.BlockSize, index.BlockSize
+	return fuse.OK
+}

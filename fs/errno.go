@@ -1,0 +1,49 @@
+// Package fs is what the kernel talks to: the tree of an image served straight
+// from its index, the data files that the kernel's own EROFS reads through, and
+// the mounting of both.
+package fs
+
+import (
+	"errors"
+	iofs "io/fs"
+	"syscall"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/varvefs/varve/index"
+)
+
+// Data is a layer's data file as the faces read it.
+type Data interface {
+	// Ensure returns nil when [off, off+n) of the data file holds the layer's
+	// bytes.
+	Ensure(off, n int64) error
+	// Fd gives a descriptor of the data file that stays open as long as a face
+	// may read.
+	Fd() int
+	// Size is the data file's length in bytes.
+	Size() int64
+}
+
+// Fault is told of every read that fails: by which data file, at which offset
+// of it, and why. It must not block.
+type Fault func(device int, off int64, err error)
+
+// status chooses the errno of an error. What it does not know is EIO, never
+// ENOSYS, which the kernel takes for "never ask again", and never EINTR, which a
+// reader of a regular file does not expect.
+func status(err error) fuse.Status {
+	var errno syscall.Errno
+	switch {
+	case err == nil:
+		return fuse.OK
+	case errors.Is(err, index.ErrNotExist), errors.Is(err, iofs.ErrNotExist):
+		return fuse.ENOENT
+	case errors.As(err, &errno):
+		switch errno {
+		case syscall.ENOSPC, syscall.EACCES, syscall.EPERM, syscall.ENOMEM, syscall.EROFS, syscall.ENAMETOOLONG:
+			return fuse.Status(errno)
+		}
+	}
+	return fuse.EIO
+}

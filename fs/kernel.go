@@ -1,0 +1,117 @@
+package fs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kernel is a mount that the kernel's EROFS serves.
+type Kernel struct{ dir string }
+
+// MountKernel mounts an index at dir, its devices being the files at the given
+// paths. It is not attached anywhere before it is complete.
+func MountKernel(dir, index string, devices []string, o Options) (*Kernel, error) {
+	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("fsopen erofs: %w", err)
+	}
+	defer unix.Close(fd)
+	set := func(key, value string) {
+		if err == nil {
+			if err = unix.FsconfigSetString(fd, key, value); err != nil {
+				err = fmt.Errorf("erofs: %s=%s: %w", key, value, explain(fd, err))
+			}
+		}
+	}
+	// The kernel takes 255 bytes of a path here; a longer one goes by descriptor.
+	var held []*os.File
+	defer func() {
+		for _, f := range held {
+			f.Close()
+		}
+	}()
+	short := func(path string) string {
+		const most = 255
+		if len(path) <= most || err != nil {
+			return path
+		}
+		var f *os.File
+		if f, err = os.Open(path); err != nil {
+			return path
+		}
+		held = append(held, f)
+		return fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	}
+	set("source", short(index))
+	for _, d := range devices {
+		set("device", short(d))
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.FsconfigSetFlag(fd, "ro"); err != nil {
+		return nil, fmt.Errorf("erofs: ro: %w", explain(fd, err))
+	}
+	if err := unix.FsconfigCreate(fd); err != nil {
+		return nil, fmt.Errorf("erofs: %w", explain(fd, err))
+	}
+	attrs := unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOATIME
+	if !o.Setuid {
+		attrs |= unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
+	}
+	mnt, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, attrs)
+	if err != nil {
+		return nil, fmt.Errorf("erofs: fsmount: %w", err)
+	}
+	defer unix.Close(mnt)
+	if err := unix.MoveMount(mnt, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", dir, err)
+	}
+	return &Kernel{dir: dir}, nil
+}
+
+// explain adds what the kernel says beside the errno.
+func explain(fd int, err error) error {
+	buf := make([]byte, 512)
+	if n, rerr := unix.Read(fd, buf); rerr == nil && n > 2 {
+		return fmt.Errorf("%w (%s)", err, buf[2:n])
+	}
+	return err
+}
+
+// Unmount ends the mount, as [Served.Unmount] does.
+func (k *Kernel) Unmount(lazy bool) error {
+	if lazy {
+		return detach(k.dir)
+	}
+	return unmount(k.dir, 0)
+}
+
+// Detach takes whatever is mounted at dir out of sight: a mount whose daemon
+// died. It is no error if nothing is.
+func Detach(dir string) error {
+	for range 16 { // mounts may lie on one another
+		err := detach(dir)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func detach(dir string) error {
+	if os.Geteuid() == 0 {
+		return unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	}
+	if out, err := exec.Command("fusermount3", "-u", "-z", "--", dir).CombinedOutput(); err != nil {
+		return fmt.Errorf("unmount %s: %s: %w", dir, out, unix.EINVAL)
+	}
+	return nil
+}

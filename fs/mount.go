@@ -1,0 +1,143 @@
+package fs
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/metrics"
+)
+
+// Options are what every FUSE mount of ours needs to know.
+type Options struct {
+	Metrics *metrics.Metrics
+	Log     *slog.Logger
+	Fault   Fault // required by NewTree
+
+	Private bool // only the daemon's user and the kernel may look
+	Xattrs  bool // whether any file has extended attributes
+	Setuid  bool // honour setuid bits and device nodes: for root only
+}
+
+// maxRead is the largest read that still fits the pipe of splice with its header:
+// a page short of what 1 MiB pipes can hold (fs/splice.c, pipe-max-size).
+const maxRead = 1<<20 - 2*4096
+
+// Served is a FUSE mount that is being served.
+type Served struct {
+	dir    string
+	server *fuse.Server
+	done   chan struct{}
+}
+
+// Serve mounts raw at dir and serves it until [Served.Unmount].
+func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
+	root := os.Geteuid() == 0
+	opts := &fuse.MountOptions{
+		FsName: "varve", Name: "varve",
+		MaxWrite: maxRead, MaxBackground: 64,
+		DisableXAttrs:            !o.Xattrs,
+		EnableSymlinkCaching:     true,
+		ExplicitDataCacheControl: true,
+		ExtraCapabilities:        fuse.CAP_NO_OPENDIR_SUPPORT,
+		// With passthrough the mount would count as stacked, and neither EROFS
+		// nor a nested overlay may lie on a stacked filesystem.
+		DisabledCapabilities: fuse.CAP_PASSTHROUGH,
+		Logger:               slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
+		DirectMountStrict:    root,
+		Options:              []string{"ro"},
+	}
+	if root {
+		flags := uintptr(unix.MS_RDONLY | unix.MS_NOATIME)
+		if !o.Setuid {
+			flags |= unix.MS_NOSUID | unix.MS_NODEV
+		}
+		opts.DirectMountFlags = flags
+		opts.Options = nil
+		if !o.Private {
+			// Others see what the modes let them. A plain user's mount is seen by
+			// that user alone, who could read the image anyway.
+			opts.AllowOther = true
+			opts.Options = []string{"default_permissions"}
+		}
+	}
+	server, err := fuse.NewServer(raw, dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
+	}
+	s := &Served{dir: dir, server: server, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		server.Serve()
+	}()
+	if err := server.WaitMount(); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), s.Unmount(true))
+	}
+	if root {
+		s.readAhead(maxRead >> 10)
+	}
+	return s, nil
+}
+
+func hint(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("%w: is /dev/fuse there? (modprobe fuse; apt-get install fuse3)", err)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: this user may not mount (is fusermount3 installed and setuid?)", err)
+	}
+	return err
+}
+
+// readAhead raises what the kernel reads ahead on the mount. Without it no read
+// is larger than 128 KiB, whatever the mount allows.
+func (s *Served) readAhead(kib int) {
+	var st unix.Stat_t
+	if err := unix.Stat(s.dir, &st); err != nil {
+		return
+	}
+	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+	os.WriteFile(path, fmt.Appendf(nil, "%d", kib), 0) // a wish: the mount works without
+}
+
+// ErrBusy says that somebody is in the mount.
+var ErrBusy = errors.New("busy")
+
+// Unmount ends the mount. Where it is busy, lazy takes it out of sight at once
+// and serves those who are in it until they leave; else ErrBusy is the answer.
+func (s *Served) Unmount(lazy bool) error {
+	if lazy {
+		return detach(s.dir)
+	}
+	// go-fuse's own Unmount tries again for a while, which a busy mount does not
+	// deserve; a plain user needs fusermount3 for it.
+	if os.Geteuid() == 0 {
+		if err := unmount(s.dir, 0); err != nil {
+			return err
+		}
+	} else if err := s.server.Unmount(); err != nil {
+		return fmt.Errorf("unmount %s: %w: %w", s.dir, ErrBusy, err)
+	}
+	select {
+	case <-s.done:
+	case <-time.After(10 * time.Second):
+		return fmt.Errorf("unmount %s: the kernel does not let go", s.dir)
+	}
+	return nil
+}
+
+func unmount(dir string, flags int) error {
+	err := unix.Unmount(dir, flags)
+	if errors.Is(err, unix.EBUSY) {
+		err = ErrBusy
+	}
+	if err != nil {
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	return nil
+}

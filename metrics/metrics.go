@@ -1,0 +1,95 @@
+// Package metrics holds the Prometheus collectors of a daemon, in one struct
+// that is given a registerer. Labels come from small closed sets: never a
+// digest, a path or a mount.
+package metrics
+
+import (
+	"runtime"
+	"runtime/debug"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+)
+
+// Metrics is what varve counts. A nil *Metrics is not usable; [New] with a nil
+// registerer gives one that nobody scrapes.
+type Metrics struct {
+	Mounts         *prometheus.GaugeVec     // state, face
+	MountSeconds   *prometheus.HistogramVec // result
+	FuseSeconds    *prometheus.HistogramVec // op, result; its count is the number of operations
+	ReadBytes      *prometheus.CounterVec   // source: cache, registry, local
+	FetchRequests  *prometheus.CounterVec   // reason, code
+	FetchBytes     *prometheus.CounterVec   // reason
+	FetchSeconds   *prometheus.HistogramVec // reason
+	FetchRetries   *prometheus.CounterVec   // reason
+	VerifyFailures *prometheus.CounterVec   // kind: chunk, layer, index
+	LazyFallbacks  *prometheus.CounterVec   // reason
+	Restores       *prometheus.CounterVec   // outcome
+}
+
+// Version is the program's version, set when it is built.
+var Version = "0.1.0-dev"
+
+// New makes the collectors and registers them, and those of the Go runtime and
+// the process, with reg.
+func New(reg prometheus.Registerer) *Metrics {
+	if reg == nil {
+		reg = prometheus.NewRegistry()
+	}
+	reg = prometheus.WrapRegistererWithPrefix("varve_", reg)
+	seconds := prometheus.ExponentialBuckets(50e-6, 4, 11) // 50 us to 52 s
+	m := &Metrics{
+		Mounts:         gauge("mounts", "Mounts by state and face.", "state", "face"),
+		MountSeconds:   histogram("mount_duration_seconds", "Time from a mount's request to its readiness.", seconds, "result"),
+		FuseSeconds:    histogram("fuse_request_duration_seconds", "FUSE operations answered by the daemon.", seconds, "op", "result"),
+		ReadBytes:      counter("read_bytes_total", "Bytes that became readable, by where they came from.", "source"),
+		FetchRequests:  counter("fetch_requests_total", "Requests for blobs, by reason and class of answer.", "reason", "code"),
+		FetchBytes:     counter("fetch_bytes_total", "Compressed bytes received.", "reason"),
+		FetchSeconds:   histogram("fetch_duration_seconds", "Time of a request to its first byte.", seconds, "reason"),
+		FetchRetries:   counter("fetch_retries_total", "Requests made again.", "reason"),
+		VerifyFailures: counter("verify_failures_total", "Bytes that did not match their digest.", "kind"),
+		LazyFallbacks:  counter("lazy_fallbacks_total", "Layers that had to be read whole.", "reason"),
+		Restores:       counter("restores_total", "Mounts brought back after a start.", "outcome"),
+	}
+	build := gauge("build_info", "What is running.", "version", "revision", "goversion")
+	build.WithLabelValues(Version, revision(), runtime.Version()).Set(1)
+	reg.MustRegister(build, m.Mounts, m.MountSeconds, m.FuseSeconds, m.ReadBytes, m.FetchRequests,
+		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.VerifyFailures, m.LazyFallbacks, m.Restores)
+	return m
+}
+
+// Runtime registers the collectors of the Go runtime and the process.
+func Runtime(reg prometheus.Registerer) {
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+}
+
+// StoreBytes registers a gauge of what the store holds, asked when scraped.
+func StoreBytes(reg prometheus.Registerer, bytes func() float64) {
+	reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "varve_store_bytes", Help: "Bytes that the store takes on its disk.",
+	}, bytes))
+}
+
+func revision() string {
+	info, ok := debug.ReadBuildInfo()
+	if ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value
+			}
+		}
+	}
+	return "unknown"
+}
+
+func counter(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+}
+
+func gauge(name, help string, labels ...string) *prometheus.GaugeVec {
+	return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, labels)
+}
+
+func histogram(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets}, labels)
+}
