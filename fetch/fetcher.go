@@ -69,8 +69,25 @@ type Request struct {
 	Size        int64
 	MediaType   string
 	Annotations map[string]string
-	DiffID      string // "" where the config is not known
-	Blob        Blob   // nil when the network may not be asked
+	// DiffID gives what the image's config says the uncompressed layer's digest
+	// is. It may wait: it is asked when the layer has been read. nil and "" mean
+	// that nobody knows.
+	DiffID func() (string, error)
+	// Progress, if not nil, is told what takes its time.
+	Progress func(format string, args ...any)
+	Blob     Blob // nil when the network may not be asked
+}
+
+// checkDiffID compares what a layer was found to be with what the config says.
+func (q *Request) checkDiffID(got string) error {
+	if q.DiffID == nil || got == "" {
+		return nil
+	}
+	want, err := q.DiffID()
+	if err != nil || want == "" || want == got {
+		return err
+	}
+	return fmt.Errorf("%w: its diffID is %s, the image's config says %s", ErrVerify, got, want)
 }
 
 // Open gives a layer whose names and frames are known: from the store, by its
@@ -99,8 +116,8 @@ func (f *Fetcher) acquire(q Request) (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	if q.DiffID != "" && l.About.DiffID != "" && q.DiffID != l.About.DiffID {
-		return nil, fmt.Errorf("layer %.19s: %w: its diffID is %s, the image's config says %s", q.Digest, ErrVerify, l.About.DiffID, q.DiffID)
+	if err := q.checkDiffID(l.About.DiffID); err != nil {
+		return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
 	}
 	h := &Handle{Layer: l, blob: q.Blob}
 	if q.Blob != nil {

@@ -1,12 +1,14 @@
 package fetch
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+
+	"github.com/docker/go-units"
 
 	"github.com/varvefs/varve/fetch/store"
 	"github.com/varvefs/varve/index"
@@ -45,7 +47,7 @@ func (p *preparation) run() error {
 	about := About{Size: p.Size}
 	switch {
 	case chunked:
-		about.Format, about.Why = "zstd:chunked", "its table of contents is named by the manifest ("+position.Dialect+")"
+		about.Format, about.Why = "zstd:chunked", "its table of contents is named by the manifest ("+string(position.Dialect)+")"
 		l, err = p.zstdChunked(position)
 	case star:
 		about.Format, about.Why = "estargz", "its table of contents is named by the manifest"
@@ -133,9 +135,13 @@ func (p *preparation) indexError(err error) error {
 // and config say of it, and keeps everything.
 func (p *preparation) whole(g *store.Staging, reason, why string) error {
 	p.m.LazyFallbacks.WithLabelValues(reason).Inc()
+	if p.Progress != nil {
+		p.Progress("%.19s: reading all %s: %s", p.Digest, units.HumanSize(float64(p.Size)), why)
+		defer p.Progress("%.19s: done", p.Digest)
+	}
 	r := p.reader(0, p.Size)
 	defer r.Close()
-	l, res, err := scan(r, g)
+	l, res, format, err := scan(r, g)
 	if err != nil {
 		return err
 	}
@@ -143,28 +149,26 @@ func (p *preparation) whole(g *store.Staging, reason, why string) error {
 		p.m.VerifyFailures.WithLabelValues("layer").Inc()
 		return fmt.Errorf("%w: the blob's digest is %s", ErrVerify, got)
 	}
-	if got := res.DiffID.String(); p.DiffID != "" && got != p.DiffID {
-		p.m.VerifyFailures.WithLabelValues("layer").Inc()
-		return fmt.Errorf("%w: its diffID is %s, the image's config says %s", ErrVerify, got, p.DiffID)
+	if err := p.checkDiffID(res.DiffID.String()); err != nil {
+		if errors.Is(err, ErrVerify) {
+			p.m.VerifyFailures.WithLabelValues("layer").Inc()
+		}
+		return err
 	}
-	return p.keep(g, l, About{Format: formatOf(res.Compression), Why: why, DiffID: res.DiffID.String(), Size: p.Size}, p.fetched, true)
+	return p.keep(g, l, About{Format: format, Why: why, DiffID: res.DiffID.String(), Size: p.Size}, p.fetched, true)
 }
 
-func formatOf(c tarscan.Compression) string {
-	name := strings.ToLower(c.String())
-	if c == tarscan.None {
-		return "tar"
+// scan streams a layer's blob into sink and names its format.
+func scan(r io.Reader, sink tarscan.Sink) (*index.Layer, tarscan.Result, string, error) {
+	br := bufio.NewReaderSize(r, blockSize)
+	first, _ := br.Peek(4) // what is wrong with it, the scan will find
+	c := tarscan.Detect(first)
+	format := "tar"
+	if c != tarscan.Plain {
+		format += "+" + c.String()
 	}
-	return "tar+" + name
-}
-
-// scan streams a layer's blob into sink.
-func scan(r io.Reader, sink tarscan.Sink) (*index.Layer, tarscan.Result, error) {
-	l, res, err := tarscan.Scan(r, sink)
-	if err != nil {
-		return nil, res, err
-	}
-	return l, res, nil
+	l, res, err := tarscan.Scan(br, c, sink)
+	return l, res, format, err
 }
 
 // restream fills frames that cannot be had by themselves by reading the layer
@@ -180,7 +184,7 @@ func (l *Layer) restream(frames []int) {
 		}
 		r := l.open(blob, 0, blob.Size())
 		var res tarscan.Result
-		_, res, err = scan(r, missingOnly{l})
+		_, res, _, err = scan(r, missingOnly{l})
 		r.Close()
 		if err == nil && res.Digest.String() != l.Digest {
 			l.f.m.VerifyFailures.WithLabelValues("layer").Inc()

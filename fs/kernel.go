@@ -91,6 +91,11 @@ func (k *Kernel) Unmount(lazy bool) error {
 	return unmount(k.dir, 0)
 }
 
+// Done is closed from the start: nothing of ours serves the mount itself.
+func (k *Kernel) Done() <-chan struct{} { return closed }
+
+var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
 // Detach takes whatever is mounted at dir out of sight: a mount whose daemon
 // died. It is no error if nothing is.
 func Detach(dir string) error {

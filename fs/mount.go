@@ -105,6 +105,10 @@ func (s *Served) readAhead(kib int) {
 	os.WriteFile(path, fmt.Appendf(nil, "%d", kib), 0) // a wish: the mount works without
 }
 
+// Done is closed when nothing is served any more: a lazily unmounted tree is
+// served until the last who is in it has left.
+func (s *Served) Done() <-chan struct{} { return s.done }
+
 // ErrBusy says that somebody is in the mount.
 var ErrBusy = errors.New("busy")
 

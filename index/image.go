@@ -390,3 +390,29 @@ func (im *Image) Walk(path string) (Inode, error) {
 	}
 	return in, err
 }
+
+// PathAt finds a file whose bytes lie at an offset of a device, by walking the
+// whole tree: for the message about a read that failed.
+func (im *Image) PathAt(device int, off int64) (path string, ok bool) {
+	var walk func(path string, nid uint64, depth int) bool
+	walk = func(at string, nid uint64, depth int) bool {
+		in, err := im.Inode(nid)
+		if err != nil || depth > MaxPath {
+			return false
+		}
+		if !in.IsDir() {
+			dev, from, has, err := im.Extent(&in)
+			if err == nil && has && dev == device && off >= from && off < from+in.Size {
+				path, ok = at, true
+			}
+			return ok
+		}
+		im.ReadDir(&in, 0, func(d Dirent, _ uint64) bool {
+			name := string(d.Name)
+			return name == "." || name == ".." || d.Type != ftDir && d.Type != ftReg || !walk(at+"/"+name, d.Nid, depth+1)
+		})
+		return ok
+	}
+	walk("", im.root, 0)
+	return path, ok
+}

@@ -52,7 +52,7 @@ func New(reg prometheus.Registerer) *Metrics {
 		Restores:       counter("restores_total", "Mounts brought back after a start.", "outcome"),
 	}
 	build := gauge("build_info", "What is running.", "version", "revision", "goversion")
-	build.WithLabelValues(Version, revision(), runtime.Version()).Set(1)
+	build.WithLabelValues(Version, Revision(), runtime.Version()).Set(1)
 	reg.MustRegister(build, m.Mounts, m.MountSeconds, m.FuseSeconds, m.ReadBytes, m.FetchRequests,
 		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.VerifyFailures, m.LazyFallbacks, m.Restores)
 	return m
@@ -70,7 +70,8 @@ func StoreBytes(reg prometheus.Registerer, bytes func() float64) {
 	}, bytes))
 }
 
-func revision() string {
+// Revision is the commit that the program was built from, if known.
+func Revision() string {
 	info, ok := debug.ReadBuildInfo()
 	if ok {
 		for _, s := range info.Settings {

@@ -1,0 +1,49 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/varvefs/varve/daemon"
+)
+
+// imageFlags are the flags of every verb that names an image.
+func imageFlags(f *pflag.FlagSet, o *daemon.ImageOptions) {
+	f.StringVar(&o.Platform, "platform", os.Getenv("DOCKER_DEFAULT_PLATFORM"), "os/arch[/variant] (env DOCKER_DEFAULT_PLATFORM; default this machine's)")
+	f.StringVar(&o.Pull, "pull", "missing", "ask the registry for the manifest: missing, always, never")
+	f.BoolVar(&o.Offline, "offline", false, "use what is here and never the network, for files neither")
+	f.BoolVar(&o.Insecure, "insecure", false, "allow plain HTTP and unverified TLS for this registry")
+}
+
+// setImage fills in what the daemon cannot know: where this user's credentials
+// are, and from where relative paths count.
+func setImage(o *daemon.ImageOptions, name string) error {
+	switch o.Pull {
+	case "missing", "always", "never":
+	default:
+		return usageError{&daemon.Error{Message: "--pull: want missing, always or never", Exit: daemon.ExitUsage}}
+	}
+	o.Image = absoluteImage(name)
+	o.Auth = daemon.AuthFromEnv()
+	return nil
+}
+
+// absoluteImage makes the path of an archive or layout absolute.
+func absoluteImage(name string) string {
+	for _, scheme := range []string{"oci:", "docker-archive:"} {
+		if path, ok := strings.CutPrefix(name, scheme); ok && path != "" {
+			file, tag, tagged := strings.Cut(path, ":")
+			if abs, err := filepath.Abs(file); err == nil {
+				file = abs
+			}
+			if tagged {
+				file += ":" + tag
+			}
+			return scheme + file
+		}
+	}
+	return name
+}

@@ -1,0 +1,125 @@
+// Command varve mounts the images of container registries as directories, at
+// once, and fetches only the bytes that are read.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varvefs/varve/daemon"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	err := newRoot().ExecuteContext(ctx)
+	if err != nil && !errors.Is(err, errQuiet) {
+		fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
+	}
+	os.Exit(exitCode(err))
+}
+
+// errQuiet ends the program with 1; what is wrong has been said.
+var errQuiet = errors.New("")
+
+// usageError marks what the command line has wrong.
+type usageError struct{ error }
+
+func exitCode(err error) int {
+	var e *daemon.Error
+	var u usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &e) && e.Exit != 0:
+		return e.Exit
+	case errors.As(err, &u):
+		return daemon.ExitUsage
+	case errors.Is(err, context.Canceled):
+		return 130
+	}
+	return daemon.ExitError
+}
+
+// oneLine keeps an error to one line, whatever a registry put into it.
+func oneLine(s string) string {
+	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), " ")
+}
+
+// app is what every verb needs: the global flags.
+type app struct {
+	host  string
+	root  string
+	debug bool
+}
+
+func newRoot() *cobra.Command {
+	a := &app{}
+	root := &cobra.Command{
+		Use:           "varve",
+		Short:         "Mount container images as directories, fetching only what is read",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cmd.Help()
+			return usageError{errors.New("a verb is missing")}
+		},
+	}
+	f := root.PersistentFlags()
+	f.StringVarP(&a.host, "host", "H", "", "the daemon's socket, as unix:///path (env VARVE_HOST)")
+	f.StringVar(&a.root, "root", "", "keep state, cache and runtime files below this directory (env VARVE_ROOT)")
+	f.BoolVarP(&a.debug, "debug", "D", false, "log more")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w (varve %s --help)", err, cmd.Name())}
+	})
+	root.AddCommand(a.mountCmd(), a.umountCmd(), a.psCmd(), a.inspectCmd(), a.lsCmd(), a.catCmd(),
+		a.daemonCmd(), a.versionCmd(), a.demoCmd())
+	for _, c := range root.Commands() {
+		wrapArgs(c)
+	}
+	return root
+}
+
+// wrapArgs makes a wrong number of arguments a usage error.
+func wrapArgs(c *cobra.Command) {
+	check := c.Args
+	if check == nil {
+		return
+	}
+	c.Args = func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{fmt.Errorf("%w (usage: %s)", err, cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
+func (a *app) dirs() (daemon.Dirs, error) {
+	d, err := daemon.DirsFromEnv(a.root)
+	if err == nil && a.host != "" {
+		err = d.SetHost(a.host)
+	}
+	if err != nil {
+		return d, usageError{err}
+	}
+	return d, nil
+}
+
+// client gives a client that tells the user what goes on.
+func (a *app) client() (*daemon.Client, error) {
+	d, err := a.dirs()
+	if err != nil {
+		return nil, err
+	}
+	c := daemon.NewClient(d)
+	c.Notice = func(line string) { fmt.Fprintln(os.Stderr, "varve: "+oneLine(line)) }
+	return c, nil
+}

@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varvefs/varve/daemon"
+)
+
+func (a *app) mountCmd() *cobra.Command {
+	var o daemon.MountOptions
+	var foreground bool
+	cmd := &cobra.Command{
+		Use:   "mount [flags] [IMAGE [DIR]]",
+		Short: "Mount an image and print the directory; without arguments, list the mounts",
+		Example: "  varve mount debian:12\n  varve mount oci:./layout:latest /mnt/image\n" +
+			"  varve mount docker-archive:saved.tar",
+		Args: cobra.MaximumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return a.listMounts(cmd.Context())
+			}
+			if len(args) == 2 {
+				dir, err := filepath.Abs(args[1])
+				if err != nil {
+					return err
+				}
+				o.Dir = dir
+			}
+			if err := setImage(&o.ImageOptions, args[0]); err != nil {
+				return err
+			}
+			return a.mount(cmd.Context(), o, foreground)
+		},
+	}
+	f := cmd.Flags()
+	imageFlags(f, &o.ImageOptions)
+	f.StringVar(&o.Name, "name", "", "a name for the mount (default: from the image's)")
+	f.StringVar(&o.Face, "face", "auto", "who serves the tree: auto, kernel (EROFS), fuse")
+	f.BoolVar(&o.Setuid, "setuid", false, "honour setuid bits and device nodes (root only; otherwise nosuid,nodev)")
+	f.BoolVarP(&foreground, "foreground", "f", false, "stay, and unmount at the end (Ctrl-C, SIGTERM)")
+	return cmd
+}
+
+func (a *app) mount(ctx context.Context, o daemon.MountOptions, foreground bool) error {
+	if o.Setuid && os.Geteuid() != 0 {
+		return usageError{errors.New("--setuid needs root")}
+	}
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
+	m, err := c.Mount(ctx, o)
+	if err != nil {
+		return err
+	}
+	fmt.Println(m.Dir)
+	if !foreground {
+		return nil
+	}
+	<-ctx.Done()
+	_, err = c.Unmount(context.WithoutCancel(ctx), daemon.UnmountOptions{Mount: m.ID, Force: true})
+	return err
+}
+
+func (a *app) listMounts(ctx context.Context) error {
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
+	ms, err := c.Mounts(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range ms {
+		fmt.Println(m.Image, m.Dir)
+	}
+	return nil
+}

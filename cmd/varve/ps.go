@@ -1,0 +1,133 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"text/template"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/spf13/cobra"
+
+	"github.com/varvefs/varve/daemon"
+)
+
+func (a *app) psCmd() *cobra.Command {
+	var quiet, noTrunc bool
+	var format string
+	cmd := &cobra.Command{
+		Use:   "ps [flags]",
+		Short: "List the mounts",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			ms, err := c.Mounts(cmd.Context())
+			if err != nil {
+				return err
+			}
+			rows := make([]row, len(ms))
+			for i, m := range ms {
+				rows[i] = row{m, noTrunc}
+			}
+			switch {
+			case quiet:
+				for _, r := range rows {
+					fmt.Println(r.ID())
+				}
+				return nil
+			case format == "json":
+				format = "{{json .}}"
+			case format == "" || format == "table":
+				return table(os.Stdout, rows)
+			}
+			return execute(os.Stdout, format, rows)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&quiet, "quiet", "q", false, "ids only")
+	f.BoolVar(&noTrunc, "no-trunc", false, "whole ids and names")
+	f.StringVar(&format, "format", "", "a Go template for each mount, or json")
+	return cmd
+}
+
+// row is a mount as `ps` shows it; its methods are the template's fields.
+type row struct {
+	m       daemon.Mount
+	noTrunc bool
+}
+
+func (r row) ID() string {
+	if r.noTrunc {
+		return r.m.ID
+	}
+	return r.m.ID[:12]
+}
+
+func (r row) Image() string      { return r.m.Image }
+func (r row) CreatedAt() string  { return r.m.Created.Format("2006-01-02 15:04:05 -0700 MST") }
+func (r row) Mountpoint() string { return r.m.Dir }
+func (r row) Names() string      { return r.m.Name }
+func (r row) Face() string       { return r.m.Face }
+func (r row) Digest() string     { return r.m.Target }
+func (r row) Size() string       { return units.HumanSizeWithPrecision(float64(r.m.Size), 3) }
+
+// Created is how long ago, in docker's words.
+func (r row) Created() string { return units.HumanDuration(time.Since(r.m.Created)) + " ago" }
+
+func (r row) Status() string {
+	if r.m.State != "mounted" {
+		return "Failed (" + r.m.Error + ")"
+	}
+	s := "Up " + units.HumanDuration(time.Since(r.m.Created)) + " (" + r.m.Face
+	if r.m.Offline {
+		s += ", offline"
+	}
+	return s + ")"
+}
+
+// Fetched is what the network brought of what the image has.
+func (r row) Fetched() string {
+	return units.HumanSizeWithPrecision(float64(r.m.Fetched), 3) + " of " + r.Size()
+}
+
+func (r row) MarshalJSON() ([]byte, error) {
+	return json.Marshal(map[string]string{
+		"ID": r.ID(), "Image": r.Image(), "CreatedAt": r.CreatedAt(), "Created": r.Created(), "Status": r.Status(),
+		"Mountpoint": r.Mountpoint(), "Names": r.Names(), "Face": r.Face(), "Digest": r.Digest(), "Size": r.Size(), "Fetched": r.Fetched(),
+	})
+}
+
+func table(w io.Writer, rows []row) error {
+	t := tabwriter.NewWriter(w, 0, 1, 3, ' ', 0)
+	fmt.Fprintln(t, "MOUNT ID\tIMAGE\tCREATED\tSTATUS\tMOUNTPOINT\tFETCHED\tNAMES")
+	for _, r := range rows {
+		fmt.Fprintln(t, strings.Join([]string{r.ID(), r.Image(), r.Created(), r.Status(), r.Mountpoint(), r.Fetched(), r.Names()}, "\t"))
+	}
+	return t.Flush()
+}
+
+// execute runs a template of docker's kind on each of the things, a line each.
+func execute[T any](w io.Writer, format string, things []T) error {
+	t, err := template.New("").Funcs(template.FuncMap{
+		"json": func(v any) (string, error) { b, err := json.Marshal(v); return string(b), err },
+		"join": strings.Join, "lower": strings.ToLower, "upper": strings.ToUpper, "split": strings.Split,
+		"println": fmt.Sprintln,
+	}).Parse(strings.NewReplacer(`\t`, "\t", `\n`, "\n").Replace(format))
+	if err != nil {
+		return usageError{fmt.Errorf("--format: %w", err)}
+	}
+	for _, thing := range things {
+		if err := t.Execute(w, thing); err != nil {
+			return usageError{fmt.Errorf("--format: %w", err)}
+		}
+		fmt.Fprintln(w)
+	}
+	return nil
+}

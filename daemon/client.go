@@ -1,0 +1,275 @@
+package daemon
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Client speaks to the daemon of a set of directories.
+type Client struct {
+	dirs Dirs
+	http *http.Client
+	// Start makes a daemon where none answers. It is the default; `varve version`
+	// and others that only look turn it off.
+	Start bool
+	// Notice is told of progress and warnings. It may be nil.
+	Notice func(line string)
+}
+
+// NewClient gives a client. It connects when it is first used.
+func NewClient(d Dirs) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var nd net.Dialer
+		return nd.DialContext(ctx, "unix", d.Socket)
+	}
+	return &Client{dirs: d, Start: true, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
+}
+
+// do sends a request, starting a daemon if need be. The caller closes the body
+// of an answer that is not an error.
+func (c *Client) do(ctx context.Context, method, path string, in any) (*http.Response, error) {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return nil, err
+	}
+	for started := false; ; started = true {
+		req, err := http.NewRequestWithContext(ctx, method, "http://varve"+path, bytes.NewReader(body))
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Content-Type", "application/json")
+		resp, err := c.http.Do(req)
+		switch {
+		case err == nil && resp.StatusCode == http.StatusOK:
+			return resp, nil
+		case err == nil:
+			defer resp.Body.Close()
+			var e Error
+			if derr := json.NewDecoder(resp.Body).Decode(&e); derr != nil || e.Message == "" {
+				return nil, fmt.Errorf("the daemon at %s answered %s", c.dirs.Socket, resp.Status)
+			}
+			return nil, &e
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, syscall.EACCES):
+			return nil, fmt.Errorf("this user may not use the daemon at %s", c.dirs.Socket)
+		case started || !c.Start || !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT):
+			return nil, &Error{Message: fmt.Sprintf("no daemon at %s: %v", c.dirs.Socket, errors.Unwrap(err)), Exit: ExitError}
+		}
+		if err := c.start(ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// start runs this program's own daemon and waits until it answers.
+func (c *Client) start(ctx context.Context) error {
+	if err := c.dirs.make(); err != nil {
+		return err
+	}
+	logPath := filepath.Join(c.dirs.State, "daemon.log")
+	log, err := os.OpenFile(logPath, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	defer log.Close()
+	end, _ := log.Seek(0, io.SeekEnd)
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	cmd := exec.Command(self, "daemon")
+	cmd.Env = append(os.Environ(), c.dirs.environ()...)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start the daemon: %w", err)
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); {
+		if conn, err := net.Dial("unix", c.dirs.Socket); err == nil {
+			conn.Close()
+			return nil
+		}
+		select {
+		case <-exited:
+			// Another one may have been started at the same moment and won.
+			if conn, err := net.Dial("unix", c.dirs.Socket); err == nil {
+				conn.Close()
+				return nil
+			}
+			return fmt.Errorf("the daemon does not start: %s (log: %s)", lastLine(logPath, end), logPath)
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+	return fmt.Errorf("the daemon does not answer at %s (log: %s)", c.dirs.Socket, logPath)
+}
+
+// environ hands the directories on to a daemon, whatever flags chose them.
+func (d *Dirs) environ() []string {
+	return []string{"VARVE_DIRS=" + strings.Join([]string{d.Config, d.State, d.Cache, d.Run, d.Socket}, "\n")}
+}
+
+// InheritedDirs gives the directories that the client which started this process
+// handed on.
+func InheritedDirs() (d Dirs, ok bool) {
+	f := strings.Split(os.Getenv("VARVE_DIRS"), "\n")
+	if len(f) != 5 {
+		return d, false
+	}
+	return Dirs{Config: f[0], State: f[1], Cache: f[2], Run: f[3], Socket: f[4]}, true
+}
+
+func lastLine(path string, from int64) string {
+	b, err := os.ReadFile(path)
+	if err != nil || int64(len(b)) <= from {
+		return "it said nothing"
+	}
+	lines := strings.Split(strings.TrimSpace(string(b[from:])), "\n")
+	return strings.TrimPrefix(lines[len(lines)-1], "varve: ")
+}
+
+// get decodes an answer that is one JSON document.
+func (c *Client) get(ctx context.Context, method, path string, in, out any) error {
+	resp, err := c.do(ctx, method, path, in)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(resp.Body).Decode(out)
+}
+
+// Mount mounts an image and gives what came of it.
+func (c *Client) Mount(ctx context.Context, o MountOptions) (*Mount, error) {
+	resp, err := c.do(ctx, http.MethodPost, "/v1/mounts", o)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	dec := json.NewDecoder(resp.Body)
+	for {
+		var e event
+		if err := dec.Decode(&e); err != nil {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			return nil, fmt.Errorf("the daemon went away: %w", err)
+		}
+		switch {
+		case e.Error != nil:
+			return nil, e.Error
+		case e.Mount != nil:
+			return e.Mount, nil
+		case c.Notice == nil:
+		case e.Warning != "":
+			c.Notice("warning: " + e.Warning)
+		case e.Progress != "":
+			c.Notice(e.Progress)
+		}
+	}
+}
+
+// Unmount ends a mount and gives its name.
+func (c *Client) Unmount(ctx context.Context, o UnmountOptions) (name string, err error) {
+	return name, c.get(ctx, http.MethodPost, "/v1/unmount", o, &name)
+}
+
+// Mounts lists the mounts, the oldest first, without their layers.
+func (c *Client) Mounts(ctx context.Context) (ms []Mount, err error) {
+	return ms, c.get(ctx, http.MethodGet, "/v1/mounts", nil, &ms)
+}
+
+// Inspect gives all that is known of a mount.
+func (c *Client) Inspect(ctx context.Context, name string) (m Mount, err error) {
+	return m, c.get(ctx, http.MethodPost, "/v1/inspect", UnmountOptions{Mount: name}, &m)
+}
+
+// Version asks what runs.
+func (c *Client) Version(ctx context.Context) (v Version, err error) {
+	return v, c.get(ctx, http.MethodGet, "/v1/version", nil, &v)
+}
+
+// Stop ends the daemon and waits until it is gone.
+func (c *Client) Stop(ctx context.Context) error {
+	if err := c.get(ctx, http.MethodPost, "/v1/stop", nil, nil); err != nil {
+		return err
+	}
+	for {
+		conn, err := net.Dial("unix", c.dirs.Socket)
+		if err != nil {
+			return nil
+		}
+		conn.Close()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// List calls fn for every file that `varve ls` shows.
+func (c *Client) List(ctx context.Context, o PathOptions, fn func(File) error) error {
+	resp, err := c.do(ctx, http.MethodPost, "/v1/ls", o)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	dec := json.NewDecoder(bufio.NewReaderSize(resp.Body, 1<<16))
+	for {
+		var f File
+		if err := dec.Decode(&f); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("the daemon went away: %w", err)
+		}
+		if err := fn(f); err != nil {
+			return err
+		}
+	}
+}
+
+// errorTrailer ends an answer whose bytes could not all be read.
+const errorTrailer = "Varve-Error"
+
+// Cat writes a file of an image to w.
+func (c *Client) Cat(ctx context.Context, o PathOptions, w io.Writer) error {
+	resp, err := c.do(ctx, http.MethodPost, "/v1/cat", o)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		return err
+	}
+	if msg := resp.Trailer.Get(errorTrailer); msg != "" {
+		e := &Error{Exit: ExitError}
+		if json.Unmarshal([]byte(msg), e) != nil {
+			e.Message = msg
+		}
+		return e
+	}
+	return nil
+}

@@ -1,0 +1,68 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/varvefs/varve/fetch"
+	"github.com/varvefs/varve/image"
+)
+
+// Config is how a daemon runs. The zero value of all but Dirs and Log works.
+type Config struct {
+	Dirs     Dirs
+	Log      *slog.Logger
+	Level    slog.Level
+	Metrics  string // loopback address for Prometheus, "" for none
+	Patience fetch.Patience
+}
+
+// file is what config.toml may say.
+type file struct {
+	Metrics  string `toml:"metrics"`
+	LogLevel string `toml:"log_level"`
+}
+
+// LoadConfig reads config.toml and conf.d/*.toml of the configuration directory,
+// later files over earlier ones. A key that is not known is an error.
+func LoadConfig(d Dirs) (Config, error) {
+	c := Config{Dirs: d}
+	more, _ := filepath.Glob(filepath.Join(d.Config, "conf.d", "*.toml"))
+	for _, path := range append([]string{filepath.Join(d.Config, "config.toml")}, more...) {
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return c, err
+		}
+		var t file
+		err = toml.NewDecoder(f).DisallowUnknownFields().Decode(&t)
+		f.Close()
+		var strict *toml.StrictMissingError
+		if errors.As(err, &strict) && len(strict.Errors) > 0 {
+			row, _ := strict.Errors[0].Position()
+			err = fmt.Errorf("line %d: no such setting: %s", row, strict.Errors[0].Key())
+		}
+		if err != nil {
+			return c, fmt.Errorf("%s: %w", path, err)
+		}
+		if t.Metrics != "" {
+			c.Metrics = t.Metrics
+		}
+		if t.LogLevel != "" {
+			if err := c.Level.UnmarshalText([]byte(t.LogLevel)); err != nil {
+				return c, fmt.Errorf("%s: log_level: %w", path, err)
+			}
+		}
+	}
+	return c, nil
+}
+
+// AuthFromEnv says where this process's user keeps registry credentials.
+func AuthFromEnv() image.Auth { return image.AuthFromEnv() }

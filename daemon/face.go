@@ -1,0 +1,218 @@
+package daemon
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/varvefs/varve/fetch"
+	"github.com/varvefs/varve/fs"
+	"github.com/varvefs/varve/index"
+)
+
+// The faces that a mount can have.
+const (
+	faceAuto   = "auto"
+	faceKernel = "kernel"
+	faceFuse   = "fuse"
+)
+
+// faces mounts trees. Whether the kernel's EROFS can read through a FUSE file is
+// found out by doing it, once, when it is first asked.
+type faces struct {
+	d     *Daemon
+	probe func() error
+
+	mu     sync.Mutex // guards what follows
+	data   *fs.DataFiles
+	served *fs.Served
+}
+
+func newFaces(d *Daemon) *faces {
+	f := &faces{d: d}
+	f.probe = sync.OnceValue(f.tryKernel)
+	return f
+}
+
+// face is a mounted face.
+type face interface {
+	Unmount(lazy bool) error
+	Done() <-chan struct{}
+}
+
+// choose gives the face for a mount and the reason, or an error where the one
+// that was asked for cannot be had.
+func (f *faces) choose(asked string) (kind, reason string, err error) {
+	switch asked {
+	case faceFuse:
+		return faceFuse, "asked for", nil
+	case faceKernel, faceAuto, "":
+	default:
+		return "", "", fmt.Errorf("face %q: want auto, kernel or fuse: %w", asked, errUsage)
+	}
+	why := f.probe()
+	switch {
+	case why == nil && asked == faceKernel:
+		return faceKernel, "asked for", nil
+	case why == nil:
+		return faceKernel, "the kernel mounts EROFS over files served by FUSE", nil
+	case asked == faceKernel:
+		return "", "", fmt.Errorf("the kernel face cannot be had here: %w (--face fuse works without)", why)
+	}
+	return faceFuse, "no kernel face: " + why.Error(), nil
+}
+
+func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
+	o := fs.Options{Metrics: f.d.m, Log: f.d.log, Setuid: setuid, Xattrs: t.index.HasXattrs(), Fault: f.d.treeFault(t.layers)}
+	if kind == faceKernel {
+		paths := make([]string, len(t.layers))
+		for i, l := range t.layers {
+			var err error
+			if paths[i], err = f.device(l); err != nil {
+				return nil, err
+			}
+		}
+		k, err := fs.MountKernel(dir, t.index.path, paths, o)
+		if err != nil {
+			return nil, err
+		}
+		return k, nil
+	}
+	data := make([]fs.Data, len(t.layers))
+	for i, l := range t.layers {
+		data[i] = l
+	}
+	s, err := fs.Serve(dir, fs.NewTree(t.index.Image, data, o), o)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// device gives the path that the kernel reads a layer's data from: the plain
+// file where all of it is here, so that nothing of ours is in the way; else the
+// file that we serve.
+func (f *faces) device(l *fetch.Handle) (string, error) {
+	if l.Whole() {
+		return l.Path(), nil
+	}
+	_, hex, _ := strings.Cut(l.Digest, ":")
+	return f.serve(hex, l.Layer)
+}
+
+// serve makes a data file visible in the FUSE directory of data files, which is
+// mounted when it is first needed.
+func (f *faces) serve(name string, data fs.Data) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := filepath.Join(f.d.dirs.Run, "data")
+	if f.served == nil {
+		if err := fs.Detach(dir); err != nil { // of a daemon that died
+			return "", err
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return "", err
+		}
+		o := fs.Options{Metrics: f.d.m, Log: f.d.log, Private: true}
+		f.data = fs.NewDataFiles(o, func(name string, off int64, err error) { f.d.fault("sha256:"+name, off, err) })
+		s, err := fs.Serve(dir, f.data, o)
+		if err != nil {
+			return "", err
+		}
+		f.served = s
+	}
+	f.data.Add(name, data)
+	return filepath.Join(dir, name), nil
+}
+
+func (f *faces) close() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.served == nil {
+		return
+	}
+	if err := f.served.Unmount(false); err != nil {
+		f.served.Unmount(true) // a lazily unmounted tree still has its devices open
+	}
+}
+
+// tryKernel mounts an image of one small file over a data file that we serve,
+// and has another process read it: this one must not touch its own mounts.
+func (f *faces) tryKernel() (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("mounting EROFS needs root")
+	}
+	dir, err := os.MkdirTemp(f.d.dirs.Run, "probe-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	content := bytes.Repeat([]byte("varve"), 1000)
+	entry := index.Entry{Name: "probe", Mode: 0o100644, Size: int64(len(content))}
+	t, err := index.Merge([][]index.Entry{{entry}})
+	if err != nil {
+		return err
+	}
+	var img bytes.Buffer
+	p := &probeData{size: 2 * index.BlockSize}
+	if err := t.WriteTo(&img, []index.Device{{Tag: "probe", Size: p.size}}); err != nil {
+		return err
+	}
+	// A data file is whole blocks: the kernel takes a short read for an error.
+	data := append(bytes.Clone(content), make([]byte, p.size-int64(len(content)))...)
+	for name, b := range map[string][]byte{"index": img.Bytes(), "data": data} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			return err
+		}
+	}
+	if p.file, err = os.Open(filepath.Join(dir, "data")); err != nil {
+		return err
+	}
+	defer p.file.Close()
+	served := filepath.Join(dir, "served")
+	if err := os.Mkdir(served, 0o700); err != nil {
+		return err
+	}
+	o := fs.Options{Metrics: f.d.m, Log: f.d.log, Private: true}
+	files := fs.NewDataFiles(o, func(string, int64, error) {})
+	files.Add("probe", p)
+	s, err := fs.Serve(served, files, o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Unmount(false)) }()
+	mnt := filepath.Join(dir, "mnt")
+	if err := os.Mkdir(mnt, 0o700); err != nil {
+		return err
+	}
+	k, err := fs.MountKernel(mnt, filepath.Join(dir, "index"), []string{filepath.Join(served, "probe")}, fs.Options{})
+	if err != nil {
+		return err
+	}
+	out, err := exec.Command("cat", filepath.Join(mnt, "probe")).Output()
+	if err != nil {
+		err = fmt.Errorf("EROFS cannot read through FUSE: %w", err)
+	}
+	if uerr := k.Unmount(false); uerr != nil {
+		err = errors.Join(err, uerr, k.Unmount(true))
+	}
+	if err == nil && !bytes.Equal(out, content) {
+		err = errors.New("EROFS read wrong bytes through FUSE")
+	}
+	return err
+}
+
+// probeData is the data file of the probe, which is all there.
+type probeData struct {
+	file *os.File
+	size int64
+}
+
+func (p *probeData) Ensure(int64, int64) error { return nil }
+func (p *probeData) Fd() int                   { return int(p.file.Fd()) }
+func (p *probeData) Size() int64               { return p.size }

@@ -1,0 +1,217 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/index"
+)
+
+// stream writes events as they come, from any goroutine.
+type stream struct {
+	mu    sync.Mutex
+	enc   *json.Encoder
+	flush *http.ResponseController
+}
+
+func (s *stream) send(e event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.enc.Encode(e) == nil {
+		s.flush.Flush()
+	}
+}
+
+// handleList walks a path of an image that need not be mounted.
+func (d *Daemon) handleList(w http.ResponseWriter, r *http.Request) {
+	var o PathOptions
+	if !decode(w, r, &o) {
+		return
+	}
+	t, in, err := d.look(r.Context(), o, false)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	defer t.close()
+	enc := json.NewEncoder(w)
+	root := "/" + strings.Trim(o.Path, "/")
+	if !in.IsDir() {
+		enc.Encode(t.file(root, &in))
+		return
+	}
+	t.list(root, &in, o.Recursive, func(f File) bool { return enc.Encode(f) == nil })
+}
+
+// list gives a directory's names, and those of the directories in it, each
+// begun by an entry of its own, as `ls -R` shows them.
+func (t *tree) list(path string, dir *index.Inode, recursive bool, fn func(File) bool) bool {
+	head := t.file(path, dir)
+	head.Dir = true
+	if !fn(head) {
+		return false
+	}
+	type sub struct {
+		path string
+		in   index.Inode
+	}
+	var subs []sub
+	ok := true
+	t.index.ReadDir(dir, 0, func(e index.Dirent, _ uint64) bool {
+		name := string(e.Name)
+		if name == "." || name == ".." {
+			return true
+		}
+		in, err := t.index.Inode(e.Nid)
+		if err != nil {
+			return false
+		}
+		p := strings.TrimSuffix(path, "/") + "/" + name
+		if recursive && in.IsDir() {
+			subs = append(subs, sub{p, in})
+		}
+		ok = fn(t.file(p, &in))
+		return ok
+	})
+	for _, s := range subs {
+		if !ok || !t.list(s.path, &s.in, true, fn) {
+			return false
+		}
+	}
+	return ok
+}
+
+func (t *tree) file(path string, in *index.Inode) File {
+	f := File{
+		Path: path, Mode: in.Mode, Nlink: in.Nlink, UID: in.UID, GID: in.GID, Size: in.Size, Rdev: in.Rdev,
+		ModTime: time.Unix(in.Mtime, int64(in.MtimeNs)).UTC(),
+	}
+	if link, err := t.index.Readlink(in); err == nil {
+		f.Link = string(link)
+	}
+	return f
+}
+
+// look opens an image and finds a path in it. Symlinks on the way are followed
+// inside the image; the last one only if follow says so.
+func (d *Daemon) look(ctx context.Context, o PathOptions, follow bool) (*tree, index.Inode, error) {
+	t, err := d.open(ctx, o.ImageOptions, func(event) {})
+	if err != nil {
+		return nil, index.Inode{}, err
+	}
+	in, err := t.resolve(o.Path, follow)
+	if err != nil {
+		t.close()
+		return nil, in, fmt.Errorf("%s: %s: %w", o.Image, o.Path, err)
+	}
+	return t, in, nil
+}
+
+func (t *tree) resolve(path string, follow bool) (index.Inode, error) {
+	const maxFollow = 40 // as the kernel's MAXSYMLINKS
+	root, err := t.index.Inode(t.index.Root())
+	if err != nil {
+		return root, err
+	}
+	at := []index.Inode{root}
+	followed := 0
+	for rest := path; rest != ""; {
+		var part string
+		part, rest, _ = strings.Cut(rest, "/")
+		cur := &at[len(at)-1]
+		switch part {
+		case "", ".":
+			continue
+		case "..":
+			at = at[:max(1, len(at)-1)]
+			continue
+		}
+		if !cur.IsDir() {
+			return *cur, unix.ENOTDIR
+		}
+		nid, err := t.index.Lookup(cur, part)
+		if err != nil {
+			return *cur, err
+		}
+		in, err := t.index.Inode(nid)
+		if err != nil {
+			return in, err
+		}
+		if in.Mode&unix.S_IFMT == unix.S_IFLNK && (follow || strings.Trim(rest, "/") != "") {
+			if followed++; followed > maxFollow {
+				return in, unix.ELOOP
+			}
+			link, err := t.index.Readlink(&in)
+			if err != nil {
+				return in, err
+			}
+			if len(link) > 0 && link[0] == '/' {
+				at = at[:1]
+			}
+			rest = string(link) + "/" + rest
+			continue
+		}
+		at = append(at, in)
+	}
+	return at[len(at)-1], nil
+}
+
+// handleCat sends a file of an image, fetching only what it needs. What goes
+// wrong on the way is said in the trailer.
+func (d *Daemon) handleCat(w http.ResponseWriter, r *http.Request) {
+	var o PathOptions
+	if !decode(w, r, &o) {
+		return
+	}
+	t, in, err := d.look(r.Context(), o, true)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	defer t.close()
+	if in.Mode&unix.S_IFMT != unix.S_IFREG {
+		reply(w, nil, fmt.Errorf("%s: %s: not a regular file", o.Image, o.Path))
+		return
+	}
+	w.Header().Set("Trailer", errorTrailer)
+	w.WriteHeader(http.StatusOK)
+	if err := t.copy(r.Context(), w, &in); err != nil {
+		msg, _ := json.Marshal(wire(fmt.Errorf("%s: %s: %w", o.Image, o.Path, err)))
+		w.Header().Set(errorTrailer, string(msg))
+	}
+}
+
+// copy writes a file's bytes to w, a step at a time.
+func (t *tree) copy(ctx context.Context, w io.Writer, in *index.Inode) error {
+	const step = 4 << 20
+	device, off, ok, err := t.index.Extent(in)
+	if err != nil || !ok {
+		return err
+	}
+	l := t.layers[device]
+	buf := make([]byte, min(step, in.Size))
+	for end := off + in.Size; off < end; {
+		n := min(int64(len(buf)), end-off)
+		if err := errors.Join(ctx.Err(), l.Ensure(off, n)); err != nil {
+			return err
+		}
+		got, err := unix.Pread(l.Fd(), buf[:n], off)
+		if err != nil || got == 0 {
+			return fmt.Errorf("data file: %d of %d bytes: %w", got, n, err)
+		}
+		if _, err := w.Write(buf[:got]); err != nil {
+			return err
+		}
+		off += int64(got)
+	}
+	return nil
+}

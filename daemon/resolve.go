@@ -1,0 +1,212 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/varvefs/varve/fetch"
+	"github.com/varvefs/varve/image"
+)
+
+// note is told of progress and warnings while something takes its time.
+type note func(event)
+
+func (n note) progress(format string, args ...any) { n(event{Progress: fmt.Sprintf(format, args...)}) }
+func (n note) warn(format string, args ...any)     { n(event{Warning: fmt.Sprintf(format, args...)}) }
+
+// tree is an image ready to be read: its manifest, its layers and their index.
+type tree struct {
+	manifest *image.Manifest
+	source   image.Source // nil when offline
+	layers   []*fetch.Handle
+	index    *sharedIndex
+}
+
+func (t *tree) close() {
+	for _, l := range t.layers {
+		l.Close()
+	}
+	if t.index != nil {
+		t.index.release()
+	}
+	if t.source != nil {
+		t.source.Close()
+	}
+}
+
+// open makes an image readable. The manifest comes from the local store or the
+// registry, as Pull says; the config is fetched beside the layers' tables of
+// contents, since only a layer that is read whole needs it.
+func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err error) {
+	name, err := image.ParseName(o.Image)
+	if err != nil {
+		return nil, err
+	}
+	t := &tree{}
+	defer func() {
+		if err != nil {
+			t.close()
+		}
+	}()
+	if !o.Offline {
+		t.source, err = d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: o.Auth, Log: d.log})
+		if err != nil {
+			return nil, err
+		}
+	}
+	var config []byte
+	if t.manifest, config, err = d.manifest(ctx, t.source, name, o, n); err != nil {
+		return nil, err
+	}
+	return t, d.openLayers(ctx, t, config, o, n)
+}
+
+// manifest gives an image's manifest, and its config where it is here already.
+func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name, o ImageOptions, n note) (*image.Manifest, []byte, error) {
+	if o.target != "" {
+		_, hex, _ := strings.Cut(o.target, ":")
+		id, err := image.ParseName(hex)
+		if err != nil {
+			return nil, nil, err
+		}
+		return d.images.Get(id, o.Platform)
+	}
+	var local error
+	if o.Pull != "always" || o.Offline {
+		m, config, err := d.images.Get(name, o.Platform)
+		if err == nil {
+			return m, config, nil
+		}
+		local = err
+		if o.Offline || o.Pull == "never" {
+			if errors.Is(err, image.ErrNotFound) {
+				return nil, nil, fmt.Errorf("No such image: %s is not here, and the registry may not be asked: %w", name.Familiar(), image.ErrNotFound)
+			}
+			return nil, nil, err
+		}
+	}
+	m, err := src.Resolve(ctx, o.Platform)
+	if err == nil {
+		return m, nil, nil
+	}
+	if o.Pull == "always" && errors.Is(err, image.ErrUnreachable) {
+		if m, config, lerr := d.images.Get(name, o.Platform); lerr == nil {
+			n.warn("%v; going on with what is here", err)
+			return m, config, nil
+		}
+	}
+	if local != nil && !errors.Is(local, image.ErrNotFound) {
+		n.warn("%v", local) // damaged, and not to be had again
+	}
+	return nil, nil, err
+}
+
+// openLayers opens all layers side by side, keeps the image's documents, and
+// builds or finds the index.
+func (d *Daemon) openLayers(ctx context.Context, t *tree, config []byte, o ImageOptions, n note) error {
+	getConfig := sync.OnceValues(func() ([]byte, error) {
+		if config != nil {
+			return config, nil
+		}
+		return t.source.Config(ctx, t.manifest)
+	})
+	diffIDs := sync.OnceValues(func() ([]string, error) { return d.diffIDs(t.manifest, getConfig, o.Platform) })
+	t.layers = make([]*fetch.Handle, len(t.manifest.Layers))
+	eg, ctx := errgroup.WithContext(ctx)
+	for i, l := range t.manifest.Layers {
+		eg.Go(func() error {
+			q := fetch.Request{
+				Digest: l.Digest.String(), Size: l.Size, MediaType: l.MediaType, Annotations: l.Annotations,
+				DiffID: func() (string, error) {
+					ids, err := diffIDs()
+					if err != nil {
+						return "", err
+					}
+					return ids[i], nil
+				},
+				Progress: n.progress,
+			}
+			if t.source != nil {
+				b, err := t.source.Blob(l)
+				if err != nil {
+					return err
+				}
+				q.Blob = d.blob(b)
+			}
+			h, err := d.fetcher.Open(ctx, q)
+			t.layers[i] = h
+			return err
+		})
+	}
+	eg.Go(func() error { _, err := diffIDs(); return err })
+	if err := eg.Wait(); err != nil {
+		t.layers = opened(t.layers)
+		return err
+	}
+	if config == nil {
+		config, err := getConfig()
+		if err != nil {
+			return err
+		}
+		if err := d.images.Put(t.manifest, config); err != nil {
+			return fmt.Errorf("keep the manifest: %w", err)
+		}
+	}
+	var err error
+	t.index, err = d.sharedIndex(t.layers)
+	return err
+}
+
+func (d *Daemon) diffIDs(m *image.Manifest, getConfig func() ([]byte, error), platform string) ([]string, error) {
+	raw, err := getConfig()
+	if err != nil {
+		return nil, err
+	}
+	c, err := image.ParseConfig(raw)
+	if err != nil {
+		return nil, err
+	}
+	if platform != "" {
+		if err := c.MatchPlatform(platform); err != nil {
+			return nil, err
+		}
+	}
+	if m.Platform == "" {
+		m.Platform = c.Platform()
+	}
+	ids, err := c.DiffIDs(len(m.Layers))
+	if err != nil {
+		return nil, err
+	}
+	out := make([]string, len(ids))
+	for i, id := range ids {
+		out[i] = id.String()
+	}
+	return out, nil
+}
+
+// blob wires what image says of a blob to what fetch reads.
+func (d *Daemon) blob(b image.Blob) fetch.Blob {
+	if b.Local != nil {
+		return fetch.File{R: b.Local, N: b.Size}
+	}
+	origins := make([]fetch.Origin, len(b.Origins))
+	for i, o := range b.Origins {
+		origins[i] = fetch.Origin{URL: o.URL, Transport: o.Transport}
+	}
+	return fetch.NewRemote(b.Size, d.m, origins...)
+}
+
+func opened(hs []*fetch.Handle) (out []*fetch.Handle) {
+	for _, h := range hs {
+		if h != nil {
+			out = append(out, h)
+		}
+	}
+	return out
+}

@@ -1,0 +1,226 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"os/user"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/metrics"
+)
+
+// serve answers on the socket, and Prometheus on a loopback port if asked, until
+// ctx ends.
+func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) error {
+	os.Remove(d.dirs.Socket) // of a daemon that died: the lock says there is none
+	l, err := net.Listen("unix", d.dirs.Socket)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	if err := d.guardSocket(); err != nil {
+		l.Close()
+		return err
+	}
+	srv := &http.Server{Handler: d, BaseContext: func(net.Listener) context.Context { return ctx }, ReadHeaderTimeout: 10 * time.Second}
+	failed := make(chan error, 2)
+	go func() { failed <- srv.Serve(peers{l}) }()
+	if metricsAddr != "" {
+		ms, err := d.serveMetrics(metricsAddr, failed)
+		if err != nil {
+			srv.Close()
+			return err
+		}
+		defer ms.Close()
+	}
+	d.log.Info("ready", "socket", d.dirs.Socket, "version", metrics.Version)
+	if ready != nil {
+		ready()
+	}
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-failed:
+	}
+	shut, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	srv.Shutdown(shut)
+	return err
+}
+
+func (d *Daemon) serveMetrics(addr string, failed chan<- error) (*http.Server, error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, fmt.Errorf("metrics address %q: %w", addr, err)
+	}
+	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return nil, fmt.Errorf("metrics address %q: only loopback addresses are served", addr)
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", d.metricsHandler())
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	go func() {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			failed <- err
+		}
+	}()
+	return srv, nil
+}
+
+func (d *Daemon) metricsHandler() http.Handler {
+	return promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{})
+}
+
+// guardSocket lets in the daemon's user, and the group varve where root's daemon
+// finds one.
+func (d *Daemon) guardSocket() error {
+	mode := os.FileMode(0o600)
+	if g, err := user.LookupGroup("varve"); err == nil && os.Geteuid() == 0 {
+		gid, err := strconv.Atoi(g.Gid)
+		if err != nil {
+			return err
+		}
+		if err := os.Chown(d.dirs.Socket, 0, gid); err != nil {
+			return err
+		}
+		mode = 0o660
+	}
+	return os.Chmod(d.dirs.Socket, mode)
+}
+
+// peers refuses connections of users that the socket's mode would not let in,
+// in the moment before it has that mode.
+type peers struct{ net.Listener }
+
+func (p peers) Accept() (net.Conn, error) {
+	for {
+		c, err := p.Listener.Accept()
+		if err != nil || allowed(c) {
+			return c, err
+		}
+		c.Close()
+	}
+}
+
+func allowed(c net.Conn) bool {
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return false
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil || err != nil {
+		return false
+	}
+	if cred.Uid == 0 || int(cred.Uid) == os.Geteuid() {
+		return true
+	}
+	g, err := user.LookupGroup("varve")
+	if err != nil || os.Geteuid() != 0 {
+		return false
+	}
+	u, err := user.LookupId(strconv.Itoa(int(cred.Uid)))
+	if err != nil {
+		return false
+	}
+	ids, _ := u.GroupIds()
+	for _, id := range append(ids, strconv.Itoa(int(cred.Gid))) {
+		if id == g.Gid {
+			return true
+		}
+	}
+	return false
+}
+
+func (d *Daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) { d.mux().ServeHTTP(w, r) }
+
+func (d *Daemon) mux() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/version", func(w http.ResponseWriter, r *http.Request) {
+		v := ThisVersion()
+		v.PID, v.Root = os.Getpid(), d.dirs.State
+		reply(w, v, nil)
+	})
+	mux.HandleFunc("GET /v1/mounts", func(w http.ResponseWriter, r *http.Request) { reply(w, d.list(), nil) })
+	mux.HandleFunc("POST /v1/mounts", d.handleMount)
+	handle(mux, "POST /v1/unmount", func(_ context.Context, o UnmountOptions) (any, error) { return d.Unmount(o) })
+	handle(mux, "POST /v1/inspect", func(_ context.Context, o UnmountOptions) (any, error) { return d.inspect(o.Mount) })
+	mux.HandleFunc("POST /v1/ls", d.handleList)
+	mux.HandleFunc("POST /v1/cat", d.handleCat)
+	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, struct{}{}, nil)
+		d.stop()
+	})
+	mux.Handle("GET /metrics", d.metricsHandler())
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "ok\n") })
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// ThisVersion says what this program is.
+func ThisVersion() Version {
+	return Version{Version: metrics.Version, GoVersion: runtime.Version(), Revision: metrics.Revision()}
+}
+
+// handle registers a call that takes one JSON document and answers with one.
+func handle[In any](mux *http.ServeMux, pattern string, call func(context.Context, In) (any, error)) {
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		var in In
+		if !decode(w, r, &in) {
+			return
+		}
+		out, err := call(r.Context(), in)
+		reply(w, out, err)
+	})
+}
+
+func decode(w http.ResponseWriter, r *http.Request, in any) bool {
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(in); err != nil {
+		reply(w, nil, fmt.Errorf("request: %w: %w", errUsage, err))
+		return false
+	}
+	return true
+}
+
+func reply(w http.ResponseWriter, out any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		w.WriteHeader(http.StatusUnprocessableEntity)
+		out = wire(err)
+	}
+	json.NewEncoder(w).Encode(out)
+}
+
+// handleMount streams progress, then the mount or an error. A client that goes
+// away cancels what it asked for.
+func (d *Daemon) handleMount(w http.ResponseWriter, r *http.Request) {
+	var o MountOptions
+	if !decode(w, r, &o) {
+		return
+	}
+	s := &stream{enc: json.NewEncoder(w), flush: http.NewResponseController(w)}
+	m, err := d.Mount(r.Context(), o, s.send)
+	if err != nil {
+		s.send(event{Error: wire(err)})
+		return
+	}
+	s.send(event{Mount: m})
+}

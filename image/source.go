@@ -1,0 +1,216 @@
+package image
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net/http"
+	"reflect"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/opencontainers/go-digest"
+)
+
+// A Source holds one image, or several of one name. It is safe for use by
+// several goroutines. What its blobs point at may be read until Close.
+type Source interface {
+	// Resolve finds the manifest for a platform; "" is this machine's.
+	Resolve(ctx context.Context, platform string) (*Manifest, error)
+	// Config gives the bytes of the image config, checked against its digest,
+	// at most MaxConfig of them.
+	Config(ctx context.Context, m *Manifest) ([]byte, error)
+	// Blob says where a layer's bytes are. It asks no network.
+	Blob(l Layer) (Blob, error)
+	Close() error
+}
+
+// Blob says where a blob's bytes are: at Origins over HTTP, the preferred
+// first, or in Local. They are not yet checked against the digest.
+type Blob struct {
+	Digest  digest.Digest
+	Size    int64
+	Origins []Origin
+	Local   io.ReaderAt // nil if remote; Size bytes from 0; valid until the Source is closed
+}
+
+// Origin is one place to GET a blob from, by range. Transport must be used for
+// URL and for all it redirects to: it settles the scheme, adds what the host
+// wants, and gives other hosts no credential.
+type Origin struct {
+	URL       string
+	Transport http.RoundTripper
+	Registry  string // host, for logs and metrics of a closed set of hosts
+}
+
+// Options say how an image is opened. The zero value works.
+type Options struct {
+	Insecure bool              // plain HTTP and unverified TLS, also elsewhere than on the loopback
+	Auth     Auth              // where credentials are looked for
+	HostsDir []string          // directories of hosts.toml and certificates; nil: containerd's and docker's
+	Log      *slog.Logger      // nil: that of the Registries
+	Base     http.RoundTripper // nil: that of the Registries
+}
+
+// Registries is a daemon's memory of registries: connections, schemes and
+// tokens, one for each repository and set of credentials, however many mounts
+// use it. It is safe for use by several goroutines.
+type Registries struct {
+	log  *slog.Logger
+	base http.RoundTripper
+	wait func(context.Context, time.Duration) error // between attempts
+
+	mu       sync.Mutex // guards the maps
+	tuned    map[tunedKey]http.RoundTripper
+	sessions map[sessionKey]*session
+}
+
+type tunedKey struct {
+	base http.RoundTripper
+	tls  string
+}
+
+type sessionKey struct {
+	base             http.RoundTripper
+	tls              string
+	schemes          string
+	addr, prefix, ns string
+	header           string
+	registry, repo   string
+	actions          string
+	auth             Auth
+}
+
+// NewRegistries makes an empty memory. A nil base is Go's transport with time
+// limits that suit blobs, proxies taken from the environment.
+func NewRegistries(log *slog.Logger, base http.RoundTripper) *Registries {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	if base == nil {
+		base = newTransport()
+	}
+	return &Registries{
+		log: log, base: base, wait: sleep,
+		tuned:    map[tunedKey]http.RoundTripper{},
+		sessions: map[sessionKey]*session{},
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Close closes idle connections.
+func (r *Registries) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	type idler interface{ CloseIdleConnections() }
+	if t, ok := r.base.(idler); ok {
+		t.CloseIdleConnections()
+	}
+	for _, rt := range r.tuned {
+		if t, ok := rt.(idler); ok {
+			t.CloseIdleConnections()
+		}
+	}
+	return nil
+}
+
+// Source opens what n names. Of a registry nothing is asked yet; a layout or
+// archive is opened and its list of members read.
+func (r *Registries) Source(n Name, o Options) (Source, error) {
+	switch n.kind {
+	case remoteKind:
+		return r.remote(n, o)
+	case layoutKind:
+		return openLayout(n)
+	case archiveKind:
+		return openArchive(n)
+	case idKind:
+		return nil, failf(ErrNotFound, nil, "No such image: %s: an ID names only what is already here, name its repository to pull it", n)
+	}
+	return nil, malformed("invalid reference format: the name is empty")
+}
+
+// Transport gives what a client of go-containerregistry needs to read and
+// write the repository of n at its registry, past all mirrors: remote.Put and
+// its kin take it by remote.WithTransport and then neither ping nor ask for a
+// token. More names repositories of the same registry to be read as well,
+// so that blobs can be mounted from them.
+func (r *Registries) Transport(n Name, o Options, more ...string) (http.RoundTripper, error) {
+	if n.kind != remoteKind {
+		return nil, malformed("%s is in no registry", n.Familiar())
+	}
+	hosts, err := hostsFor(n.domain, o.HostsDir, o.Insecure)
+	if err != nil {
+		return nil, err
+	}
+	server := hosts[len(hosts)-1]
+	scopes := []string{scopeOf(n.repo, "pull,push")}
+	for _, repo := range more {
+		scopes = append(scopes, scopeOf(repo, "pull"))
+	}
+	s, err := r.session(n, server, o, scopes)
+	if err != nil {
+		return nil, err
+	}
+	// A Wrapper is how that library is told that a transport is complete; this
+	// is the one way to make one that adds nothing.
+	return transport.FromToken(ggcrRegistry(n), authn.Anonymous, hubAlias{s}, &transport.Challenge{}, nil)
+}
+
+// session gives the one session for a host, repository and credentials.
+func (r *Registries) session(n Name, h host, o Options, scopes []string) (*session, error) {
+	base := o.Base
+	if base == nil {
+		base = r.base
+	}
+	make, tlsKey, err := tuned(base, h)
+	if err != nil {
+		return nil, err
+	}
+	// Credentials of the registry are for the registry; a mirror has its own.
+	registry := n.domain
+	if h.ns != "" {
+		registry = h.addr
+	}
+	auth := lookup{auth: o.Auth, registry: registry, repository: n.repo}
+	if !reflect.TypeOf(base).Comparable() {
+		return newSession(h, make(), auth, scopes...), nil
+	}
+	key := sessionKey{
+		base: base, tls: tlsKey, schemes: strings.Join(h.schemes, " "),
+		addr: h.addr, prefix: h.prefix, ns: h.ns, header: headerKey(h.header),
+		registry: registry, repo: n.repo, actions: strings.Join(scopes, " "), auth: o.Auth,
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.sessions[key]; s != nil {
+		return s, nil
+	}
+	rt := r.tuned[tunedKey{base, tlsKey}]
+	if rt == nil {
+		rt = make()
+		r.tuned[tunedKey{base, tlsKey}] = rt
+	}
+	s := newSession(h, rt, auth, scopes...)
+	r.sessions[key] = s
+	return s, nil
+}
+
+func headerKey(h http.Header) string {
+	var b strings.Builder
+	h.Write(&b)
+	return b.String()
+}

@@ -1,0 +1,254 @@
+package tarscan
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"io"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	digest "github.com/opencontainers/go-digest"
+
+	"github.com/varvefs/varve/index"
+)
+
+type member struct {
+	h    tar.Header
+	data []byte
+}
+
+func makeTar(t testing.TB, format tar.Format, ms []member) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	tw := tar.NewWriter(&buf)
+	for _, m := range ms {
+		h := m.h
+		h.Size, h.Format = int64(len(m.data)), format
+		if h.Typeflag == 0 {
+			h.Typeflag = tar.TypeReg
+		}
+		if err := tw.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tw.Write(m.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := tw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func noise(n int, seed uint64) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		seed = seed*6364136223846793005 + 1442695040888963407
+		p[i] = byte(seed >> 56)
+	}
+	return p
+}
+
+func members() []member {
+	when := time.Unix(-3, 250_000_000)
+	holed := make([]byte, 11<<20) // pieces: data, zeroes, data
+	copy(holed[5000:], noise(9000, 2))
+	copy(holed[8<<20+130<<10:], noise(70_000, 3))
+	return []member{
+		{h: tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: when}},
+		{h: tar.Header{Name: "a/", Typeflag: tar.TypeDir, Mode: 0o1777, ModTime: when}},
+		{h: tar.Header{Name: "a/su", Mode: 0o4755, ModTime: when, Uid: 4000000000, Gid: 7, PAXRecords: map[string]string{
+			"SCHILY.xattr.security.capability": "\x01\x00\x00\x02\xff\x00",
+			"LIBARCHIVE.xattr.user.x%20y":      "AP8",
+			"LIBARCHIVE.creationtime":          "1",
+		}}, data: []byte("hello")},
+		{h: tar.Header{Name: "big", Mode: 0o644, ModTime: when}, data: noise(9<<20+17, 1)},
+		{h: tar.Header{Name: "piece", Mode: 0o644, ModTime: when}, data: noise(4<<20, 8)},
+		{h: tar.Header{Name: "holed", Mode: 0o644, ModTime: when}, data: holed},
+		{h: tar.Header{Name: "zeros", Mode: 0o600, ModTime: when}, data: make([]byte, 5<<20)},
+		{h: tar.Header{Name: "empty", Mode: 0o600, ModTime: when}},
+		{h: tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../a/su", Mode: 0o777}},
+		{h: tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "./a/su", Mode: 0o4755}},
+		{h: tar.Header{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 300, Mode: 0o666}},
+		{h: tar.Header{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 300, Devminor: 1, Mode: 0o660}},
+		{h: tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600}},
+		{h: tar.Header{Name: "a/.wh.gone", Mode: 0o600}},
+		{h: tar.Header{Name: "cont", Typeflag: tar.TypeCont, Mode: 0o600}, data: []byte("old")},
+	}
+}
+
+// gz compresses p as one member for every size bytes.
+func gz(t testing.TB, p []byte, level, size int) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	for first := true; first || len(p) > 0; first = false {
+		n := min(size, len(p))
+		w, err := gzip.NewWriterLevel(&buf, level)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Name, w.Comment, w.Extra = "layer.tar", "a comment", []byte("BC\x02\x00\x00\x00")
+		if _, err := w.Write(p[:n]); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		p = p[n:]
+	}
+	return buf.Bytes()
+}
+
+const skippable = "\x5a\x2a\x4d\x18\x03\x00\x00\x00abc"
+
+// zst compresses p as one frame for every size bytes, with skippable frames
+// around them.
+func zst(t testing.TB, p []byte, size int) []byte {
+	t.Helper()
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := []byte(skippable)
+	for len(p) > 0 {
+		n := min(size, len(p))
+		out = append(enc.EncodeAll(p[:n], out), skippable...)
+		p = p[n:]
+	}
+	return out
+}
+
+// memory is a sink that knows which blocks were written.
+type memory struct {
+	data   []byte
+	blocks map[int64]bool
+	err    error
+}
+
+func (m *memory) WriteAt(p []byte, off int64) (int, error) {
+	if m.err != nil {
+		return 0, m.err
+	}
+	if need := int(off) + len(p); need > len(m.data) {
+		m.data = append(m.data, make([]byte, need-len(m.data))...)
+	}
+	copy(m.data[off:], p)
+	if m.blocks == nil {
+		m.blocks = map[int64]bool{}
+	}
+	for at := off; at < off+int64(len(p)); at += index.BlockSize {
+		m.blocks[at/index.BlockSize] = true
+	}
+	return len(p), nil
+}
+
+func (m *memory) at(off, n int64) []byte {
+	p := make([]byte, n)
+	if off < int64(len(m.data)) {
+		copy(p, m.data[off:])
+	}
+	return p
+}
+
+// check scans blob and compares with what archive/tar says of its tar.
+func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
+	t.Helper()
+	if got := Detect(blob); got != c {
+		t.Errorf("detected %v", got)
+	}
+	sink := &memory{}
+	l, res, err := Scan(bytes.NewReader(blob), c, sink)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Result{digest.FromBytes(blob), digest.FromBytes(tarball), int64(len(blob)), int64(len(tarball))}
+	if res != want {
+		t.Errorf("got %+v, want %+v", res, want)
+	}
+	if err := l.Frames.Verify(); err != nil {
+		t.Fatal(err)
+	}
+	frames, pieces, _ := l.Frames.Len()
+	if frames != pieces {
+		t.Errorf("%d frames, %d pieces", frames, pieces)
+	}
+	for i := range pieces {
+		p := l.Frames.Piece(i)
+		f := l.Frames.Frame(p.Frame)
+		if sha256.Sum256(sink.at(p.Data, p.Size)) != p.Digest {
+			t.Errorf("piece %+v differs", p)
+		}
+		if f.Kind == index.Raw && (c != Plain || f.Length != p.Size || sha256.Sum256(blob[f.Offset:f.Offset+f.Length]) != p.Digest) {
+			t.Errorf("frame %+v differs", f)
+		} else if f.Kind != index.Raw && f != (index.Frame{Kind: index.Stream}) {
+			t.Errorf("frame %+v", f)
+		}
+	}
+	for b := range sink.blocks {
+		if isZero(sink.at(b*index.BlockSize, index.BlockSize)) {
+			t.Errorf("block %d of zeroes was written", b)
+		}
+	}
+	compare(t, l, sink, tarball)
+	return l
+}
+
+func compare(t *testing.T, l *index.Layer, sink *memory, tarball []byte) {
+	t.Helper()
+	tr := tar.NewReader(bytes.NewReader(tarball))
+	i := 0
+	for {
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue
+		}
+		e := l.Entries[i]
+		i++
+		if name, _ := index.Clean(h.Name); e.Name != name || e.UID != uint32(h.Uid) || e.GID != uint32(h.Gid) ||
+			!time.Unix(e.Mtime, int64(e.MtimeNs)).Equal(h.ModTime) || e.HardLink != (h.Typeflag == tar.TypeLink) ||
+			!e.HardLink && e.Mode&0o7777 != uint32(h.Mode)&0o7777 || e.IsRegular() && e.Size != h.Size {
+			t.Errorf("entry %+v, tar has %+v", e, h)
+		}
+		if !e.IsRegular() {
+			continue
+		}
+		want, err := io.ReadAll(tr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Data%index.BlockSize != 0 || !bytes.Equal(want, sink.at(e.Data, e.Size)) {
+			t.Errorf("%q: contents differ", e.Name)
+		}
+		// What no piece has must be zeroes.
+		from, to := l.Frames.PiecesIn(e.Data, e.Size)
+		for k := from; k < to && e.Size > 0; k++ {
+			p := l.Frames.Piece(k)
+			clear(want[p.Data-e.Data : p.Data-e.Data+p.Size])
+		}
+		if len(bytes.Trim(want, "\x00")) > 0 {
+			t.Errorf("%q: bytes in no piece", e.Name)
+		}
+	}
+	if i != len(l.Entries) {
+		t.Errorf("%d entries, tar has %d", len(l.Entries), i)
+	}
+}
+
+func readFile(t testing.TB, path string) []byte {
+	t.Helper()
+	p, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}

@@ -1,0 +1,178 @@
+// Package tarscan reads layers that bring no table of contents: one pass over
+// the blob, from its first byte to its last, gives the entries, fills the data
+// file, and proves the digests of blob and contents on the way.
+package tarscan
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	digest "github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/varvefs/varve/index"
+)
+
+// PieceSize is how much of a file one piece proves, in bytes. A file's last
+// piece is shorter.
+const PieceSize = 4 << 20
+
+// Compression is how a blob is compressed as a whole.
+type Compression uint8
+
+// The compressions of layers.
+const (
+	Plain Compression = iota
+	Gzip
+	Zstd
+)
+
+func (c Compression) String() string {
+	switch c {
+	case Plain:
+		return "plain"
+	case Gzip:
+		return "gzip"
+	case Zstd:
+		return "zstd"
+	}
+	return fmt.Sprintf("compression %d", uint8(c))
+}
+
+// Detect tells the compression of a blob from its first bytes, of which four are
+// enough. Media types are not to be trusted for it: images in the field name
+// others than they have.
+func Detect(first []byte) Compression {
+	switch {
+	case len(first) >= 3 && first[0] == 0x1f && first[1] == 0x8b && first[2] == 8:
+		return Gzip
+	case len(first) < 4:
+		return Plain
+	case string(first[:4]) == "\x28\xb5\x2f\xfd":
+		return Zstd
+	case first[0]&0xf0 == 0x50 && string(first[1:4]) == "\x2a\x4d\x18": // a skippable frame
+		return Zstd
+	}
+	return Plain
+}
+
+// Sink is the data file. What is not written to it reads as zeroes; its size is
+// that of the layer's frame table.
+type Sink interface {
+	WriteAt(p []byte, off int64) (int, error)
+}
+
+// Result is what a pass proves of a blob. The caller compares it with what the
+// image promises, and drops the layer and the data file if they differ.
+type Result struct {
+	Digest       digest.Digest // of the blob
+	DiffID       digest.Digest // of the decompressed blob
+	Size         int64         // of the blob, in bytes
+	Uncompressed int64         // of the decompressed blob, in bytes
+}
+
+// Scan reads the blob in r to its end. The contents of its regular files go to
+// sink at the offsets of their entries, except for blocks of zeroes; runs of
+// zeroes that fill a piece are left out of the frame table as well.
+//
+// r is read until Scan returns and no longer. Errors wrap [index.ErrMalformed]
+// unless r or sink failed.
+func Scan(r io.Reader, c Compression, sink Sink) (*index.Layer, Result, error) {
+	if c > Zstd {
+		return nil, Result{}, fmt.Errorf("scan layer: %s", c)
+	}
+	g, ctx := errgroup.WithContext(context.Background())
+	s := &scanner{
+		ctx: ctx, sink: sink, plain: c == Plain, b: index.NewBuilder(index.Stream),
+		proofs: make(chan proof, depth),
+	}
+	var res Result
+	tarBufs := start(g, ctx, r, c, &res)
+	g.Go(func() error {
+		defer close(s.proofs)
+		return s.scan(tarBufs)
+	})
+	g.Go(func() error { return prove(ctx, s.proofs) })
+	if err := g.Wait(); err != nil {
+		return nil, Result{}, fmt.Errorf("scan layer: %w", err)
+	}
+	if c == Plain {
+		res.DiffID, res.Uncompressed = res.Digest, res.Size
+	}
+	for _, p := range s.pieces {
+		s.b.AddPiece(p.frame, p.piece)
+	}
+	// The frames say themselves where they lie: nothing is bounded by the end.
+	l, err := s.b.Layer(res.Size)
+	if err != nil {
+		return nil, Result{}, fmt.Errorf("scan layer: %w", err)
+	}
+	return l, res, nil
+}
+
+// scanner is the part of a pass that knows of tar and files.
+type scanner struct {
+	ctx    context.Context // ends when another part of the pass fails
+	sink   Sink
+	plain  bool // the blob is the tar
+	b      *index.Builder
+	in     *stream
+	proofs chan proof
+	sparse int64      // bytes of sparse files so far
+	pieces []*pending // those that are not all zeroes, in the order of the data file
+}
+
+type pending struct {
+	frame index.Frame
+	piece index.Piece // its digest is set by prove
+}
+
+// scan reads the tar and then what follows it, which belongs to the diffID.
+func (s *scanner) scan(bufs <-chan *buffer) error {
+	s.in = newStream(s.ctx, bufs)
+	defer s.in.close()
+	tr := tar.NewReader(s.in)
+	for n := 0; ; n++ {
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		// Whether a path is insecure is for [index.Clean] to say.
+		if err != nil && (h == nil || !errors.Is(err, tar.ErrInsecurePath)) {
+			return s.bad(n, err)
+		}
+		if h.Typeflag == tar.TypeXGlobalHeader {
+			continue
+		}
+		e, err := convert(h)
+		if err != nil {
+			return err
+		}
+		if e.IsRegular() && e.Size > 0 {
+			if err := s.contents(tr, h, &e); err != nil {
+				return err
+			}
+		}
+		if err := s.b.Add(e); err != nil {
+			return fmt.Errorf("%.80q: %w", h.Name, err)
+		}
+	}
+	_, err := io.Copy(io.Discard, s.in)
+	return err
+}
+
+// bad says what is wrong with a tar after n entries.
+func (s *scanner) bad(n int, err error) error {
+	switch {
+	case s.in.err != nil:
+		return s.in.err
+	case errors.Is(err, tar.ErrHeader) && n == 0:
+		return fmt.Errorf("%w: layer is not a tar archive: first bytes %x", index.ErrMalformed, s.in.first)
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%w: tar is truncated after %d entries and %d bytes: first bytes %x", index.ErrMalformed, n, s.in.n, s.in.first)
+	}
+	return fmt.Errorf("%w: tar after %d entries, at %d bytes: %w", index.ErrMalformed, n, s.in.n, err)
+}
