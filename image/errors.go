@@ -135,7 +135,7 @@ func answerText(answer *transport.Error) string {
 // networkText names the usual reasons for having no answer, with what helps.
 func networkText(host string, err error) string {
 	// The URL of a redirect may be signed: only the cause is shown.
-	if u := (*url.Error)(nil); errors.As(err, &u) {
+	for u := (*url.Error)(nil); errors.As(err, &u); {
 		err = u.Err
 	}
 	var (

@@ -1,6 +1,7 @@
 package image
 
 import (
+	_ "crypto/sha512" // manifests may be named by sha512
 	"encoding/json"
 	"errors"
 	"mime"
@@ -8,7 +9,6 @@ import (
 	"slices"
 	"strings"
 
-	_ "crypto/sha512" // manifests may be named by sha512
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )

@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -111,7 +112,7 @@ func (g *registry) Blob(l Layer) (Blob, error) {
 func (g *registry) get(ctx context.Context, kind, id string, pin digest.Digest, accept string, most int64) ([]byte, string, error) {
 	var last error
 	for _, s := range g.sessions {
-		if may := s.host.pull && (s.host.resolve || pin != ""); !may {
+		if !s.host.pull || !s.host.resolve && pin == "" {
 			continue
 		}
 		raw, mediaType, err := g.try(ctx, s, kind, id, accept, most)
@@ -122,7 +123,7 @@ func (g *registry) get(ctx context.Context, kind, id string, pin digest.Digest, 
 			return raw, mediaType, nil
 		}
 		if ctx.Err() != nil {
-			return nil, "", classify(g.name, s.host.addr, errors.Join(ctx.Err(), err))
+			return nil, "", fmt.Errorf("pull %s: %w", g.name.Familiar(), classify(g.name, s.host.addr, ctx.Err()))
 		}
 		last = classify(g.name, s.host.addr, err)
 		if s != g.sessions[len(g.sessions)-1] {

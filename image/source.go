@@ -176,7 +176,7 @@ func (r *Registries) session(n Name, h host, o Options, scopes []string) (*sessi
 	if base == nil {
 		base = r.base
 	}
-	make, tlsKey, err := tuned(base, h)
+	build, tlsKey, err := tuned(base, h)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +187,7 @@ func (r *Registries) session(n Name, h host, o Options, scopes []string) (*sessi
 	}
 	auth := lookup{auth: o.Auth, registry: registry, repository: n.repo}
 	if !reflect.TypeOf(base).Comparable() {
-		return newSession(h, make(), auth, scopes...), nil
+		return newSession(h, build(), auth, scopes...), nil
 	}
 	key := sessionKey{
 		base: base, tls: tlsKey, schemes: strings.Join(h.schemes, " "),
@@ -201,7 +201,7 @@ func (r *Registries) session(n Name, h host, o Options, scopes []string) (*sessi
 	}
 	rt := r.tuned[tunedKey{base, tlsKey}]
 	if rt == nil {
-		rt = make()
+		rt = build()
 		r.tuned[tunedKey{base, tlsKey}] = rt
 	}
 	s := newSession(h, rt, auth, scopes...)

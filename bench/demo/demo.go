@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/docker/go-units"
@@ -164,28 +163,25 @@ func (s *show) mountAndRun(ctx context.Context, command func(context.Context, st
 
 func round(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
 
+// The program is started by another one, env(1) or chroot(1), never by this
+// process: its threads stand still while a child of Go's execs, and the registry
+// and the link that the exec waits for are among them.
+
 func (s *show) goVersion(ctx context.Context, dir string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, filepath.Join(dir, "bin", "go"), "version")
+	cmd := exec.CommandContext(ctx, "env", filepath.Join(dir, "bin", "go"), "version")
 	cmd.Env = []string{"GOROOT=" + dir, "GOTOOLCHAIN=local", "HOME=" + s.dir, "PATH=/usr/bin:/bin"}
 	cmd.Dir = "/"
 	return cmd
 }
 
-// chrooted runs a command with the mount as its root, as root may.
+// chrooted runs a command with the mount as its root, which needs root.
 func (s *show) chrooted(ctx context.Context, dir string) *exec.Cmd {
 	args := s.Command
 	if len(args) == 0 {
 		args = []string{"/bin/true"}
 	}
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Path = args[0]
-	cmd.Err = nil // the command is looked for in the image, not here
+	cmd := exec.CommandContext(ctx, "chroot", append([]string{dir}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/"}
 	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: dir}
-	if os.Geteuid() != 0 {
-		cmd.SysProcAttr = nil
-		cmd.Path = filepath.Join(dir, args[0])
-	}
 	return cmd
 }
