@@ -216,18 +216,14 @@ func (c *Client) Stop(ctx context.Context) error {
 	if err := c.get(ctx, http.MethodPost, "/v1/stop", nil, nil); err != nil {
 		return err
 	}
-	for {
-		conn, err := net.Dial("unix", c.dirs.Socket)
-		if err != nil {
-			return nil
-		}
-		conn.Close()
+	for !unlocked(filepath.Join(c.dirs.State, "lock")) {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
+	return nil
 }
 
 // List calls fn for every file that `varve ls` shows.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
@@ -75,21 +77,37 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 }
 
 // lock keeps a second daemon from the same state. The lock file holds the pid of
-// who has it.
+// who has it. A daemon that is just ending is waited for.
 func lock(path string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		pid := make([]byte, 16)
-		n, _ := f.Read(pid)
-		f.Close()
-		return nil, fmt.Errorf("%s is in use by the daemon with pid %s", filepath.Dir(path), pid[:n])
+	for patience := 5 * time.Second; ; patience -= 10 * time.Millisecond {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
+		if patience <= 0 {
+			pid, _ := io.ReadAll(io.LimitReader(f, 16))
+			f.Close()
+			return nil, fmt.Errorf("%s is in use by the daemon with pid %s", filepath.Dir(path), pid)
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	f.Truncate(0)
 	fmt.Fprintf(f, "%d", os.Getpid())
 	return func() { f.Close() }, nil
+}
+
+// unlocked reports whether no daemon has the lock.
+func unlocked(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return true
+	}
+	defer f.Close()
+	return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
 }
 
 type faultKey struct {

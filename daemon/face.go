@@ -76,6 +76,7 @@ func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 			if paths[i], err = f.device(l); err != nil {
 				return nil, err
 			}
+			o.Direct = o.Direct || paths[i] != l.Path()
 		}
 		k, err := fs.MountKernel(dir, t.index.path, paths, o)
 		if err != nil {

@@ -19,6 +19,7 @@ type Options struct {
 	Log     *slog.Logger
 	Fault   Fault // required by NewTree
 
+	Direct  bool // see MountKernel
 	Private bool // only the daemon's user and the kernel may look
 	Xattrs  bool // whether any file has extended attributes
 	Setuid  bool // honour setuid bits and device nodes: for root only
@@ -78,7 +79,7 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), s.Unmount(true))
 	}
-	if root {
+	if root && !o.Private {
 		s.readAhead(maxRead >> 10)
 	}
 	return s, nil

@@ -57,7 +57,7 @@ func TOCDigest(annotations map[string]string) (string, bool) {
 // contents is most likely among them.
 func TailSize(blobSize int64) int64 {
 	const least, most = 64 << 10, 1 << 20
-	return max(0, min(blobSize, max(least, min(most, blobSize/64))))
+	return max(0, min(blobSize, max(least, min(most, blobSize/128))))
 }
 
 // Locate reads the footer at the end of tail, which is the end of the blob, and
