@@ -3,19 +3,24 @@
 GO ?= go
 BIN := bin/varve
 VERSION ?= 0.1.0-dev
+# For the tests that drive the binary, such as TESTFLAGS='-v -run Lazy'.
+TESTFLAGS ?=
 
-.PHONY: build deps demo test lint bench clean
+export GO
+
+.PHONY: build demo test lint clean
 build:
 	$(GO) build -trimpath -ldflags "-X github.com/varvefs/varve/metrics.Version=$(VERSION)" -o $(BIN) ./cmd/varve
 
-deps:
-	./scripts/deps
-
-demo: deps build
+demo:
+	./scripts/deps demo
+	$(MAKE) build
 	$(BIN) demo
 
-test: deps
-	./scripts/test
+test:
+	./scripts/deps test
+	$(MAKE) build
+	./scripts/test $(TESTFLAGS)
 
 lint:
 	./scripts/lint

@@ -20,6 +20,8 @@ var (
 	ErrOffline = errors.New("missing, and the mount is offline")
 
 	errUnranged = errors.New("the registry does not serve ranges")
+	errAnswer   = errors.New("not the bytes that were asked for")
+	errStalled  = errors.New("nothing came for too long")
 )
 
 // Blob is where a layer's compressed bytes are.
@@ -60,11 +62,4 @@ func (a anyOf) Open(ctx context.Context, off, n int64) (body io.ReadCloser, at i
 		}
 	}
 	return nil, 0, err
-}
-
-// skip makes the next attempt begin elsewhere, where there is an elsewhere.
-func (a anyOf) skip() {
-	if r, ok := a[0].(*Remote); ok {
-		r.skip()
-	}
 }

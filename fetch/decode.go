@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/klauspost/compress/gzip"
@@ -31,63 +32,63 @@ func decode(r io.Reader, kind index.Kind, pieces []index.Piece, w io.WriterAt) e
 	}
 	defer done()
 	var at int64
-	var last *index.Piece
 	var buf []byte
-	for i := range pieces {
-		p := &pieces[i]
-		if last != nil && p.Inner == last.Inner && p.Size == last.Size && buf != nil {
-			// One chunk that several files have: written once more, not read.
-			if err := write(buf, p, w); err != nil {
-				return err
-			}
-			continue
-		}
+	for len(pieces) > 0 {
+		p := &pieces[0]
 		if p.Inner < at {
 			return fmt.Errorf("%w: chunks of a frame overlap at %d", index.ErrMalformed, p.Inner)
 		}
 		if n, err := io.CopyN(io.Discard, plain, p.Inner-at); err != nil {
 			return fmt.Errorf("%w: the frame ends after %d bytes: %w", ErrVerify, at+n, err)
 		}
-		if buf, err = decodePiece(plain, p, w, buf); err != nil {
+		same := 1 // files that have this chunk: it is read once and written to all
+		for same < len(pieces) && pieces[same].Inner == p.Inner && pieces[same].Size == p.Size {
+			same++
+		}
+		size := min(p.Size, blockSize)
+		if p.Size <= wholePiece {
+			size = p.Size
+		}
+		buf = slices.Grow(buf[:0], int(size))[:size]
+		if err := decodePiece(plain, pieces[:same], w, buf); err != nil {
 			return err
 		}
-		at, last = p.Inner+p.Size, p
+		at, pieces = p.Inner+p.Size, pieces[same:]
 	}
 	return nil
 }
 
-// decodePiece gives the piece's bytes, in buf where that is large enough, or nil
-// for one too large to hold.
-func decodePiece(plain io.Reader, p *index.Piece, w io.WriterAt, buf []byte) ([]byte, error) {
-	if p.Size > wholePiece {
-		return nil, streamPiece(plain, p, w)
-	}
-	if int64(cap(buf)) < p.Size {
-		buf = make([]byte, p.Size)
-	}
-	buf = buf[:p.Size]
-	if n, err := io.ReadFull(plain, buf); err != nil {
-		return nil, fmt.Errorf("%w: the frame ends %d bytes into a chunk of %d: %w", ErrVerify, n, p.Size, err)
-	}
-	return buf, write(buf, p, w)
-}
-
-func write(b []byte, p *index.Piece, w io.WriterAt) error {
-	if sum := sha256.Sum256(b); sum != p.Digest {
-		return mismatch(p, sum)
-	}
-	_, err := w.WriteAt(b, p.Data)
-	return err
-}
-
-func streamPiece(plain io.Reader, p *index.Piece, w io.WriterAt) error {
+// decodePiece reads a piece, by way of buf, to every place that has it. One that
+// fits into buf is written only once it is verified.
+func decodePiece(plain io.Reader, places []index.Piece, w io.WriterAt, buf []byte) error {
 	h := sha256.New()
-	n, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(h, io.NewOffsetWriter(w, p.Data))}, io.LimitReader(plain, p.Size), make([]byte, blockSize))
-	if err != nil {
-		return err
+	size := places[0].Size
+	for at := int64(0); at < size; at += int64(len(buf)) {
+		buf = buf[:min(int64(len(buf)), size-at)]
+		if n, err := io.ReadFull(plain, buf); err != nil {
+			return fmt.Errorf("%w: the frame ends %d bytes into a chunk of %d: %w", ErrVerify, at+int64(n), size, err)
+		}
+		h.Write(buf)
+		if at+int64(len(buf)) == size {
+			if err := check(h, places); err != nil {
+				return err
+			}
+		}
+		for i := range places {
+			if _, err := w.WriteAt(buf, places[i].Data+at); err != nil {
+				return err
+			}
+		}
 	}
-	if sum := sumOf(h); n != p.Size || sum != p.Digest {
-		return mismatch(p, sum)
+	return nil
+}
+
+func check(h hash.Hash, places []index.Piece) error {
+	sum := sumOf(h)
+	for i := range places {
+		if sum != places[i].Digest {
+			return mismatch(&places[i], sum)
+		}
 	}
 	return nil
 }

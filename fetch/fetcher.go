@@ -205,6 +205,8 @@ func (l *Layer) documents(raw []byte) (err error) {
 	if err := l.frames.Verify(); err != nil {
 		return err
 	}
+	// Verifying touched every page; what reads need comes back by itself.
+	unix.Madvise(raw, unix.MADV_DONTNEED)
 	about, err := l.f.store.Document(l.Digest, aboutDocument)
 	if err != nil {
 		return err

@@ -82,12 +82,13 @@ func (r *Remote) Open(ctx context.Context, off, n int64) (io.ReadCloser, int64, 
 			r.mu.Lock()
 			r.first = i
 			r.mu.Unlock()
-			return body, at, nil
+			return &served{body, r, i}, at, nil
 		}
 		if worst == nil || temporary(err) && !temporary(worst) {
 			worst = err
 		}
 		if ctx.Err() != nil {
+			r.skip(i) // it may be the one that let the time run out
 			break
 		}
 	}
@@ -97,13 +98,25 @@ func (r *Remote) Open(ctx context.Context, off, n int64) (io.ReadCloser, int64, 
 	return nil, 0, worst
 }
 
-// skip makes the next request begin with another origin: the one that served
-// last gave bytes that are wrong.
-func (r *Remote) skip() {
+// skip makes the next request begin with another origin than the one that was
+// found bad, however many find it so at a time.
+func (r *Remote) skip(bad int) {
 	r.mu.Lock()
-	r.first = (r.first + 1) % max(1, len(r.origins))
+	if r.first == bad {
+		r.first = (bad + 1) % len(r.origins)
+	}
 	r.mu.Unlock()
 }
+
+// served is a body that knows which origin gave it.
+type served struct {
+	io.ReadCloser
+	r      *Remote
+	origin int
+}
+
+// spoilt says that the bytes are wrong or do not come.
+func (s *served) spoilt() { s.r.skip(s.origin) }
 
 func (o *origin) open(ctx context.Context, off, n, size int64, m *metrics.Metrics) (io.ReadCloser, int64, error) {
 	o.mu.Lock()
@@ -111,15 +124,19 @@ func (o *origin) open(ctx context.Context, off, n, size int64, m *metrics.Metric
 	o.mu.Unlock()
 	if target != "" {
 		body, at, err := o.get(ctx, target, off, n, size, m)
-		var se *StatusError
-		if !errors.As(err, &se) || se.Temporary() {
-			return body, at, err
+		if err == nil {
+			return body, at, nil
 		}
-		// A signature that ran out, or a cache that forgot: ask again where the
-		// redirect came from.
+		// A signature that ran out, a cache that forgot, a host that is gone: ask
+		// again where the redirect came from, at once if this is an answer.
 		o.mu.Lock()
-		o.redirect = ""
+		if o.redirect == target {
+			o.redirect = ""
+		}
 		o.mu.Unlock()
+		if temporary(err) {
+			return nil, 0, err
+		}
 	}
 	return o.get(ctx, o.url, off, n, size, m)
 }
@@ -147,7 +164,7 @@ func (o *origin) get(ctx context.Context, target string, off, n, size int64, m *
 	}()
 	host := resp.Request.URL.Host
 	if enc := resp.Header.Get("Content-Encoding"); enc != "" && enc != "identity" && resp.StatusCode < 300 {
-		return nil, 0, fmt.Errorf("%s added the content encoding %q to a blob: a proxy on the way must not", host, enc)
+		return nil, 0, fmt.Errorf("%s: %w: content encoding %q added to a blob by a proxy on the way", host, errAnswer, enc)
 	}
 	at := off
 	switch resp.StatusCode {
@@ -157,7 +174,7 @@ func (o *origin) get(ctx context.Context, target string, off, n, size int64, m *
 		}
 	case http.StatusOK:
 		if resp.ContentLength >= 0 && resp.ContentLength != size {
-			return nil, 0, fmt.Errorf("%s gave %d bytes for a blob of %d", host, resp.ContentLength, size)
+			return nil, 0, fmt.Errorf("%s: %w: %d bytes for a blob of %d", host, errAnswer, resp.ContentLength, size)
 		}
 		at = 0
 	default:
@@ -174,7 +191,7 @@ func (o *origin) get(ctx context.Context, target string, off, n, size int64, m *
 // checkContentRange holds an answer against what was asked. The range may be
 // shorter than asked: what is missing is asked for again.
 func checkContentRange(h string, off, n, size int64) error {
-	bad := fmt.Errorf("Content-Range %q for bytes %d to %d of %d", h, off, off+n-1, size)
+	bad := fmt.Errorf("%w: Content-Range %.80q for bytes %d to %d of %d", errAnswer, h, off, off+n-1, size)
 	span, total, ok := strings.Cut(strings.TrimPrefix(h, "bytes "), "/")
 	from, to, ok2 := strings.Cut(span, "-")
 	if !ok || !ok2 || !strings.HasPrefix(h, "bytes ") {

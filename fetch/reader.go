@@ -42,22 +42,27 @@ type reader struct {
 
 	off, end int64
 	body     io.ReadCloser
-	cancel   context.CancelFunc
+	cancel   context.CancelCauseFunc
+	spoilt   func() // makes the next attempt begin with another origin
 	watch    *time.Timer
 	at       int64 // where body stands
 	progress time.Time
 	tries    int
-	ranged   bool // refuse a body that begins elsewhere
+	ranged   bool  // refuse a body that begins elsewhere
+	err      error // why it gave up
 }
 
 // newReader prepares to read [off, end). Close it.
 func newReader(ctx context.Context, blob Blob, off, end int64, wait Patience) *reader {
-	return &reader{ctx: ctx, blob: blob, wait: wait.orDefault(), off: off, end: end, progress: time.Now(), count: func(int) {}, retry: func() {}}
+	return &reader{ctx: ctx, blob: blob, wait: wait.orDefault(), off: off, end: end, progress: time.Now(), count: func(int) {}, retry: func() {}, spoilt: func() {}}
 }
 
 func (r *reader) Read(p []byte) (int, error) {
 	if r.off >= r.end {
 		return 0, io.EOF
+	}
+	if r.err != nil {
+		return 0, r.err
 	}
 	p = p[:min(int64(len(p)), r.end-r.off)]
 	for {
@@ -66,10 +71,11 @@ func (r *reader) Read(p []byte) (int, error) {
 			r.progress, r.tries = time.Now(), 0
 			return n, nil
 		}
-		if errors.Is(err, errUnranged) {
-			return 0, err
+		if !errors.Is(err, errUnranged) {
+			err = r.pause(err)
 		}
-		if err := r.pause(err); err != nil {
+		if err != nil {
+			r.err = err
 			return 0, err
 		}
 	}
@@ -106,8 +112,8 @@ func (r *reader) read(p []byte) (int, error) {
 }
 
 func (r *reader) open() error {
-	ctx, cancel := context.WithCancel(r.ctx)
-	r.watch = time.AfterFunc(r.wait.Stall, cancel)
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	r.watch = time.AfterFunc(r.wait.Stall, func() { cancel(errStalled) })
 	body, at, err := r.blob.Open(ctx, r.off, r.end-r.off)
 	if err == nil && at != r.off && r.ranged {
 		body.Close()
@@ -115,10 +121,15 @@ func (r *reader) open() error {
 	}
 	if err != nil {
 		r.watch.Stop()
-		cancel()
+		err = stalled(ctx, err)
+		cancel(nil)
 		return err
 	}
-	r.body, r.at, r.cancel = body, at, cancel
+	r.body, r.at, r.cancel, r.ended = body, at, cancel, ctx
+	r.fresh, r.spoilt = true, func() {}
+	if s, ok := body.(*served); ok {
+		r.spoilt = s.spoilt
+	}
 	return nil
 }
 

@@ -65,7 +65,8 @@ type Data struct {
 }
 
 // Open opens a layer's data file, which must have the given size and number of
-// frames, or answers ErrNotFound. A file that was cut counts as empty.
+// frames, or answers ErrNotFound, or ErrDamaged where the presence file is not
+// one for it. A data file that was cut counts as empty.
 func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err error) {
 	path := filepath.Join(s.layerDir(digest), dataName)
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -84,11 +85,17 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", digest, err)
 	}
+	defer func() {
+		if err != nil {
+			unix.Munmap(raw)
+		}
+	}()
 	d := &Data{file: f, fd: int(f.Fd()), path: path, raw: raw, frames: frames}
 	n := words(frames)
 	if n > 0 {
 		all := unsafe.Slice((*uint32)(unsafe.Pointer(&raw[presenceHeader])), 2*n)
 		d.present, d.doubted = all[:n:n], all[n:]
+		d.present[n-1] &= 1<<uint((frames-1)%32+1) - 1 // what is no frame's must not be counted
 	}
 	st, err := f.Stat()
 	if err != nil {
@@ -117,6 +124,9 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 
 func mapPresence(path string, frames int) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: no presence file", ErrDamaged)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -127,7 +137,7 @@ func mapPresence(path string, frames int) ([]byte, error) {
 	}
 	size := presenceHeader + 8*words(frames)
 	if st.Size() != int64(size) {
-		return nil, fmt.Errorf("the presence file has %d bytes, want %d", st.Size(), size)
+		return nil, fmt.Errorf("%w: the presence file has %d bytes, want %d", ErrDamaged, st.Size(), size)
 	}
 	raw, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
@@ -135,7 +145,7 @@ func mapPresence(path string, frames int) ([]byte, error) {
 	}
 	if string(raw[:8]) != presenceMagic || binary.NativeEndian.Uint64(raw[8:]) != uint64(frames) {
 		unix.Munmap(raw)
-		return nil, errors.New("the presence file is not one")
+		return nil, fmt.Errorf("%w: the presence file is not one", ErrDamaged)
 	}
 	return raw, nil
 }

@@ -23,6 +23,9 @@ import (
 // ErrNotFound says that the store does not have the layer.
 var ErrNotFound = errors.New("not in the store")
 
+// ErrDamaged says that what the store has of a layer cannot be used.
+var ErrDamaged = errors.New("damaged in the store")
+
 // Store is a directory of layers. It is safe for concurrent use by one process;
 // the caller keeps a second process out.
 type Store struct {
@@ -92,7 +95,7 @@ func (s *Store) Map(digest, name string) ([]byte, error) {
 		return nil, err
 	}
 	if st.Size() == 0 || st.Size() > 1<<36 {
-		return nil, fmt.Errorf("layer %s: %s has %d bytes", digest, name, st.Size())
+		return nil, fmt.Errorf("layer %s: %w: %s has %d bytes", digest, ErrDamaged, name, st.Size())
 	}
 	return unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_SHARED)
 }
@@ -163,8 +166,12 @@ func (g *Staging) commit(dataSize int64, frames int, fetched int64, present bool
 	}); err != nil {
 		return err
 	}
-	// The documents are synced. The data is not: what it holds is doubted after
-	// the next start of the machine and verified before it is served.
+	// The documents and their names are synced. The data is not: what it holds
+	// is doubted after the next start of the machine and verified before it is
+	// served.
+	if err := syncDir(g.dir); err != nil {
+		return err
+	}
 	to := g.s.layerDir(g.digest)
 	if err := os.Rename(g.dir, to); err != nil {
 		if _, serr := os.Stat(to); serr != nil {
