@@ -96,7 +96,7 @@ type Mount struct {
 	Config     string    `json:"Config"`   // digest of the config
 	Platform   string    `json:"Platform"`
 	Dir        string    `json:"Mountpoint"`
-	State      string    `json:"State"` // mounted, failed
+	State      string    `json:"State"` // mounted, restoring, failed
 	Error      string    `json:"Error,omitempty"`
 	Created    time.Time `json:"Created"`
 	Face       string    `json:"Face"`

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -34,9 +33,11 @@ type Daemon struct {
 	faces      *faces
 	stop       context.CancelFunc
 
+	faults     chan readFault
+	background sync.WaitGroup // restoring, logging faults
+
 	mu     sync.Mutex // guards what follows
 	mounts map[string]*mount
-	faults map[faultKey]bool // reads that failed and were logged
 
 	indexMu sync.Mutex // guards what follows
 	indexes map[string]*sharedIndex
@@ -55,7 +56,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	defer unlock()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	d := &Daemon{dirs: c.Dirs, log: c.Log, stop: stop, registry: prometheus.NewRegistry(), mounts: map[string]*mount{}, faults: map[faultKey]bool{}, indexes: map[string]*sharedIndex{}}
+	d := &Daemon{dirs: c.Dirs, log: c.Log, stop: stop, registry: prometheus.NewRegistry(), mounts: map[string]*mount{}, faults: make(chan readFault, 64), indexes: map[string]*sharedIndex{}}
 	d.m = metrics.New(d.registry)
 	metrics.Runtime(d.registry)
 	st, err := store.Open(c.Dirs.Cache)
@@ -67,11 +68,15 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 		return err
 	}
 	d.registries = image.NewRegistries(d.log, nil)
+	defer d.registries.Close()
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
 	defer d.faces.close()
 	defer d.unmountAll()
+	defer d.background.Wait()
+	defer stop()
+	d.background.Go(func() { d.logFaults(ctx) })
 	d.restore(ctx)
 	return d.serve(ctx, c.Metrics, ready)
 }
@@ -110,43 +115,68 @@ func unlocked(path string) bool {
 	return unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
 }
 
-type faultKey struct {
+// readFault is a read that failed.
+type readFault struct {
 	layer string
 	off   int64
+	err   error
 }
 
-// fault logs a read that failed, once, with the path it was for.
-func (d *Daemon) fault(layer string, off int64, err error) {
+// fault hands a failed read to the log. It does not block: a reader waits for
+// its answer, and an unmount may wait for the reader.
+func (d *Daemon) fault(f readFault) {
+	select {
+	case d.faults <- f:
+	default: // the log is full of them already
+	}
+}
+
+// logFaults logs each failed read once, with the path it was for.
+func (d *Daemon) logFaults(ctx context.Context) {
+	type key struct {
+		layer string
+		off   int64
+	}
+	seen := map[key]bool{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case f := <-d.faults:
+			if k := (key{f.layer, f.off}); !seen[k] {
+				if len(seen) > 4096 {
+					clear(seen)
+				}
+				seen[k] = true
+				mount, path := d.pathOf(f)
+				d.log.Error("read failed", "op", "read", "path", path, "mount", mount, "layer", f.layer, "off", f.off, "err", f.err)
+			}
+		}
+	}
+}
+
+// pathOf finds a file that lies where a read failed.
+func (d *Daemon) pathOf(f readFault) (mount, path string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	key := faultKey{layer, off}
-	if d.faults[key] {
-		return
-	}
-	if len(d.faults) > 4096 {
-		clear(d.faults)
-	}
-	d.faults[key] = true
 	for _, m := range d.mounts {
 		if m.tree == nil {
 			continue
 		}
 		for device, h := range m.tree.layers {
-			if h.Digest != layer {
-				continue
-			}
-			if path, ok := m.tree.index.PathAt(device, off); ok {
-				d.log.Error("read failed", "op", "read", "path", path, "mount", m.Name, "layer", layer, "off", off, "err", err)
-				return
+			if h.Digest == f.layer {
+				if path, ok := m.tree.index.PathAt(device, f.off); ok {
+					return m.Name, path
+				}
 			}
 		}
 	}
-	d.log.Error("read failed", "op", "read", "layer", layer, "off", off, "err", err)
+	return "", ""
 }
 
 // treeFault gives fs.Fault for a tree whose devices are these layers.
 func (d *Daemon) treeFault(layers []*fetch.Handle) fs.Fault {
-	return func(device int, off int64, err error) { d.fault(layers[device].Digest, off, err) }
+	return func(device int, off int64, err error) { d.fault(readFault{layers[device].Digest, off, err}) }
 }
 
 // unmountAll takes the mounts down but keeps their records, for the next start.
@@ -162,5 +192,3 @@ func (d *Daemon) unmountAll() {
 		}
 	}
 }
-
-var _ http.Handler = (*Daemon)(nil)

@@ -102,9 +102,11 @@ func (f *faces) device(l *fetch.Handle) (string, error) {
 	if l.Whole() {
 		return l.Path(), nil
 	}
-	_, hex, _ := strings.Cut(l.Digest, ":")
-	return f.serve(hex, l.Layer)
+	return f.serve(dataName(l.Digest), l.Layer)
 }
+
+// dataName is what a layer's data file is called.
+func dataName(digest string) string { return strings.Replace(digest, ":", "-", 1) }
 
 // serve makes a data file visible in the FUSE directory of data files, which is
 // mounted when it is first needed.
@@ -120,7 +122,9 @@ func (f *faces) serve(name string, data fs.Data) (string, error) {
 			return "", err
 		}
 		o := fs.Options{Metrics: f.d.m, Log: f.d.log, Private: true}
-		f.data = fs.NewDataFiles(o, func(name string, off int64, err error) { f.d.fault("sha256:"+name, off, err) })
+		f.data = fs.NewDataFiles(o, func(name string, off int64, err error) {
+			f.d.fault(readFault{strings.Replace(name, "-", ":", 1), off, err})
+		})
 		s, err := fs.Serve(dir, f.data, o)
 		if err != nil {
 			return "", err

@@ -55,15 +55,16 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 		m.Target = m.tree.manifest.Target.String()
 		err = m.save()
 	}
+	d.mu.Lock()
 	if err != nil {
-		if m.tree != nil {
-			m.down(true)
-		}
+		m.down(true)
+		d.mu.Unlock()
 		d.forget(m)
 		return nil, err
 	}
-	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", m.kind, "dur", time.Since(start))
 	v := m.view(true)
+	d.mu.Unlock()
+	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", m.kind, "dur", time.Since(start))
 	return &v, nil
 }
 
@@ -96,6 +97,9 @@ func (d *Daemon) reserve(m *mount) error {
 		}
 	}
 	if err := d.checkDir(m.Dir); err != nil {
+		if m.OwnDir {
+			os.Remove(m.Dir) // fails if it is not empty, as it should
+		}
 		return err
 	}
 	d.mounts[m.ID] = m
@@ -213,7 +217,7 @@ func (m *mount) up(ctx context.Context, n note) error {
 	return nil
 }
 
-// down takes the face away. The caller holds mu or is the only one to know m.
+// down takes the face away. The caller holds mu.
 func (m *mount) down(lazy bool) error {
 	if m.tree == nil {
 		return nil
@@ -251,7 +255,7 @@ func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 	m, err := d.find(o.Mount)
 	if err == nil {
 		if err = m.down(o.Lazy); errors.Is(err, fs.ErrBusy) {
-			err = fmt.Errorf("%s is busy: %s: %w", m.Dir, whoIsIn(m.Dir), fs.ErrBusy)
+			err = fmt.Errorf("%s is busy: %s%w", m.Dir, whoIsIn(m.Dir), silent{fs.ErrBusy})
 			if o.Force {
 				err = m.down(true)
 			}
@@ -300,7 +304,7 @@ func (d *Daemon) list() []Mount {
 	defer d.mu.Unlock()
 	out := make([]Mount, 0, len(d.mounts))
 	for _, m := range d.mounts {
-		if m.tree != nil || m.err != nil { // else it is still on its way
+		if m.tree != nil || m.Target != "" { // else it is on its way for the first time
 			out = append(out, m.view(false))
 		}
 	}
@@ -326,9 +330,9 @@ func (m *mount) view(layers bool) Mount {
 		State: "mounted", Face: m.kind, FaceReason: m.reason, Offline: m.Offline, Platform: m.Platform,
 	}
 	if m.tree == nil {
-		v.State = "failed"
+		v.State = "restoring"
 		if m.err != nil {
-			v.Error = m.err.Error()
+			v.State, v.Error = "failed", m.err.Error()
 		}
 		return v
 	}

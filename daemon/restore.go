@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/varvefs/varve/fs"
 )
@@ -40,10 +41,20 @@ func (m *mount) save() error {
 
 // restore brings back the mounts of an earlier run, without asking a registry:
 // manifests, names and frames are here. One that cannot come back stays listed
-// with the reason, until it is unmounted.
+// with the reason, until it is unmounted. Where the cache was deleted they need
+// the registry after all: then the daemon does not wait for them.
 func (d *Daemon) restore(ctx context.Context) {
 	paths, _ := filepath.Glob(filepath.Join(d.dirs.State, "mounts", "*.json"))
 	var wg sync.WaitGroup
+	defer func() {
+		done := make(chan struct{})
+		d.background.Go(func() { wg.Wait(); close(done) })
+		select {
+		case <-done:
+		case <-time.After(5 * time.Second):
+			d.log.Warn("mounts are still being restored")
+		}
+	}()
 	for _, p := range paths {
 		m := &mount{d: d}
 		b, err := os.ReadFile(p)
@@ -67,7 +78,6 @@ func (d *Daemon) restore(ctx context.Context) {
 			d.m.Restores.WithLabelValues(outcome).Inc()
 		})
 	}
-	wg.Wait()
 }
 
 func (d *Daemon) bringBack(ctx context.Context, m *mount) error {

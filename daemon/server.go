@@ -33,7 +33,7 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 		l.Close()
 		return err
 	}
-	srv := &http.Server{Handler: d, BaseContext: func(net.Listener) context.Context { return ctx }, ReadHeaderTimeout: 10 * time.Second}
+	srv := &http.Server{Handler: d.mux(), BaseContext: func(net.Listener) context.Context { return ctx }, ReadHeaderTimeout: 10 * time.Second}
 	failed := make(chan error, 2)
 	go func() { failed <- srv.Serve(peers{l}) }()
 	if metricsAddr != "" {
@@ -145,8 +145,6 @@ func allowed(c net.Conn) bool {
 	}
 	return false
 }
-
-func (d *Daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) { d.mux().ServeHTTP(w, r) }
 
 func (d *Daemon) mux() *http.ServeMux {
 	mux := http.NewServeMux()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/docker/go-units"
 
@@ -20,6 +21,17 @@ import (
 // prepare brings a layer that the store does not have: its table of contents
 // where it has one that its manifest vouches for, else the whole of it.
 func (f *Fetcher) prepare(ctx context.Context, q Request) error {
+	_, err := f.resident(q.Digest)
+	if !errors.Is(err, store.ErrNotFound) {
+		return err // another was faster
+	}
+	if errors.Is(err, store.ErrDamaged) || errors.Is(err, index.ErrMalformed) {
+		f.log.Warn("layer in the store is damaged and made again", "layer", q.Digest, "err", err)
+	}
+	// What is left of it would be in the way.
+	if err := f.store.Remove(q.Digest); err != nil {
+		return err
+	}
 	p := preparation{Fetcher: f, Request: q, ctx: ctx}
 	return p.run()
 }
@@ -66,8 +78,8 @@ func (p *preparation) run() error {
 
 // section reads [off, off+n) of a layer's blob into memory.
 func (p *preparation) section(off, n int64) ([]byte, error) {
-	if n < 0 || n > index.MaxTOCSize || off < 0 || off > p.Size-n {
-		return nil, fmt.Errorf("%w: a table of contents of %d bytes at %d of a blob of %d", index.ErrMalformed, n, off, p.Size)
+	if n < 0 || n > index.MaxTOCBlob || off < 0 || off > p.Size-n {
+		return nil, fmt.Errorf("%w: a table of contents of %d bytes at %d of a blob of %d, the limit is %d", index.ErrMalformed, n, off, p.Size, index.MaxTOCBlob)
 	}
 	r := p.reader(off, off+n)
 	r.ranged = true
@@ -177,14 +189,14 @@ func (l *Layer) restream(frames []int) {
 	blob, err := l.blob()
 	if err == nil {
 		l.f.m.LazyFallbacks.WithLabelValues("dropped").Inc()
-		frames = merge(frames, l.claimRest())
+		frames = merge(frames, l.claimRest(true))
 		if err := l.punch(frames); err != nil {
 			l.landAll(frames, err)
 			return
 		}
 		r := l.open(blob, 0, blob.Size())
 		var res tarscan.Result
-		_, res, _, err = scan(r, missingOnly{l})
+		_, res, _, err = scan(r, missingOnly{l, frames})
 		r.Close()
 		if err == nil && res.Digest.String() != l.Digest {
 			l.f.m.VerifyFailures.WithLabelValues("layer").Inc()
@@ -206,14 +218,18 @@ func (l *Layer) punch(frames []int) error {
 	return nil
 }
 
-// missingOnly keeps a second pass away from what the first one verified.
-type missingOnly struct{ l *Layer }
+// missingOnly keeps a second pass away from what was verified, or is on its way
+// to be, by others.
+type missingOnly struct {
+	l      *Layer
+	frames []int // that the pass is to bring, ascending
+}
 
 func (w missingOnly) WriteAt(p []byte, off int64) (int, error) {
 	from, to := w.l.frames.PiecesIn(off, int64(len(p)))
 	for i := from; i < to; i++ {
 		piece := w.l.frames.Piece(i)
-		if w.l.data.Present(piece.Frame) {
+		if _, ours := slices.BinarySearch(w.frames, piece.Frame); !ours {
 			continue
 		}
 		a, b := max(off, piece.Data), min(off+int64(len(p)), piece.Data+piece.Size)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -85,15 +86,22 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 	return s, nil
 }
 
+// hint adds what to do about a mount that failed.
 func hint(err error) error {
 	switch {
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV):
-		return fmt.Errorf("%w: is /dev/fuse there? (modprobe fuse; apt-get install fuse3)", err)
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return fmt.Errorf("%w: this user may not mount (is fusermount3 installed and setuid?)", err)
+	case unix.Access(fuseDevice, unix.F_OK) != nil:
+		return fmt.Errorf("%w: there is no %s (modprobe fuse)", err, fuseDevice)
+	case unix.Access(fuseDevice, unix.R_OK|unix.W_OK) != nil:
+		return fmt.Errorf("%w: this user may not open %s (udev makes it 0666 where it runs; else: chmod 666 %[2]s as root)", err, fuseDevice)
+	case os.Geteuid() != 0:
+		if _, lerr := exec.LookPath("fusermount3"); lerr != nil {
+			return fmt.Errorf("%w: fusermount3 is missing (apt-get install fuse3)", err)
+		}
 	}
 	return err
 }
+
+const fuseDevice = "/dev/fuse"
 
 // readAhead raises what the kernel reads ahead on the mount. Without it no read
 // is larger than 128 KiB, whatever the mount allows.

@@ -23,5 +23,6 @@ const (
 	MaxFileSize  = 1 << 43    // bytes of one file
 	MaxDataSize  = 1 << 43    // bytes of one data file: 31 bits of blocks
 	MaxTOCSize   = 256 << 20  // bytes of an uncompressed table of contents
+	MaxTOCBlob   = 64 << 20   // bytes of a compressed one
 	MaxBlobFrame = 1 << 40    // bytes of one compressed frame
 )

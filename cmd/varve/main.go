@@ -20,14 +20,11 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	err := newRoot().ExecuteContext(ctx)
-	if err != nil && !errors.Is(err, errQuiet) {
+	if err != nil && err.Error() != "" { // else it was said already
 		fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
 	}
 	os.Exit(exitCode(err))
 }
-
-// errQuiet ends the program with 1; what is wrong has been said.
-var errQuiet = errors.New("")
 
 // usageError marks what the command line has wrong.
 type usageError struct{ error }

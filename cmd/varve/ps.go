@@ -82,8 +82,11 @@ func (r row) Size() string       { return units.HumanSizeWithPrecision(float64(r
 func (r row) Created() string { return units.HumanDuration(time.Since(r.m.Created)) + " ago" }
 
 func (r row) Status() string {
-	if r.m.State != "mounted" {
+	switch r.m.State {
+	case "failed":
 		return "Failed (" + r.m.Error + ")"
+	case "restoring":
+		return "Restoring"
 	}
 	s := "Up " + units.HumanDuration(time.Since(r.m.Created)) + " (" + r.m.Face
 	if r.m.Offline {

@@ -1,0 +1,67 @@
+package fs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	iofs "io/fs"
+	"os"
+	"syscall"
+	"testing"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/varvefs/varve/index"
+)
+
+// lastErrno is EHWPOISON, the highest that Linux has.
+const lastErrno = 133
+
+func TestStatusOfErrnos(t *testing.T) {
+	kept := map[syscall.Errno]bool{
+		syscall.ENOENT: true, syscall.ENOSPC: true, syscall.EACCES: true, syscall.EPERM: true,
+		syscall.ENOMEM: true, syscall.EROFS: true, syscall.ENAMETOOLONG: true,
+	}
+	for e := syscall.Errno(1); e <= lastErrno; e++ {
+		want := fuse.EIO
+		if kept[e] {
+			want = fuse.Status(e)
+		}
+		for _, err := range []error{
+			e,
+			fmt.Errorf("read layer: %w", e),
+			&os.PathError{Op: "read", Path: "data", Err: e},
+			errors.Join(errors.New("first"), e),
+			os.NewSyscallError("pread", e),
+		} {
+			if got := status(err); got != want {
+				t.Errorf("%T of %d (%v) becomes %v, want %v", err, int(e), e, got, want)
+			}
+		}
+	}
+}
+
+func TestStatusOfErrors(t *testing.T) {
+	for _, test := range []struct {
+		err  error
+		want fuse.Status
+	}{
+		{nil, fuse.OK},
+		{errors.New("anything"), fuse.EIO},
+		{index.ErrNotExist, fuse.ENOENT},
+		{fmt.Errorf("look up: %w", index.ErrNotExist), fuse.ENOENT},
+		{iofs.ErrNotExist, fuse.ENOENT},
+		{index.ErrMalformed, fuse.EIO},
+		{context.Canceled, fuse.EIO},
+		{context.DeadlineExceeded, fuse.EIO},
+		{os.ErrDeadlineExceeded, fuse.EIO},
+		{errors.ErrUnsupported, fuse.EIO},
+		{syscall.Errno(0), fuse.EIO},
+		{syscall.Errno(512), fuse.EIO}, // ERESTARTSYS, the kernel's own
+		{errors.Join(syscall.EINTR, syscall.ENOSYS), fuse.EIO},
+	} {
+		if got := status(test.err); got != test.want {
+			t.Errorf("%v becomes %v, want %v", test.err, got, test.want)
+		}
+	}
+}
