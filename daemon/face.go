@@ -53,7 +53,7 @@ func (f *faces) choose(asked string) (kind, reason string, err error) {
 		return faceFuse, "asked for", nil
 	case faceKernel, faceAuto, "":
 	default:
-		return "", "", fmt.Errorf("face %q: want auto, kernel or fuse: %w", asked, errUsage)
+		return "", "", fmt.Errorf("face %q: want auto, kernel or fuse%w", asked, silent{errUsage})
 	}
 	why := f.probe()
 	switch {

@@ -72,7 +72,7 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 func (d *Daemon) reserve(m *mount) error {
 	name, err := image.ParseName(m.Image)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errUsage, err)
+		return fmt.Errorf("%w%w", err, silent{errUsage})
 	}
 	m.Image = name.String()
 	d.mu.Lock()
@@ -80,7 +80,7 @@ func (d *Daemon) reserve(m *mount) error {
 	if m.Name == "" {
 		m.Name = d.freeName(name)
 	} else if !validName.MatchString(m.Name) {
-		return fmt.Errorf("name %q: want letters, digits, '_', '.' and '-', a letter or digit first: %w", m.Name, errUsage)
+		return fmt.Errorf("name %q: want letters, digits, '_', '.' and '-', a letter or digit first%w", m.Name, silent{errUsage})
 	}
 	for _, o := range d.mounts {
 		if o.Name == m.Name {

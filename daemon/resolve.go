@@ -53,22 +53,35 @@ func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err
 			t.close()
 		}
 	}()
-	if !o.Offline {
-		t.source, err = d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: o.Auth, Log: d.log})
-		if err != nil {
-			return nil, err
-		}
+	src, err := d.source(name, o)
+	if err != nil && (o.Pull == "always" || !errors.Is(err, image.ErrNotFound)) {
+		return nil, err
 	}
+	t.source = src
 	var config []byte
-	if t.manifest, config, err = d.manifest(ctx, t.source, name, o, n); err != nil {
+	if t.manifest, config, err = d.manifest(ctx, src, name, o, n); err != nil {
 		return nil, err
 	}
 	return t, d.openLayers(ctx, t, config, o, n)
 }
 
+// source gives where the image comes from, nil when it may not be asked.
+func (d *Daemon) source(name image.Name, o ImageOptions) (image.Source, error) {
+	if o.Offline {
+		return nil, nil
+	}
+	src, err := d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: o.Auth, Log: d.log})
+	if err != nil {
+		return nil, err // not src, which may be a nil of some type
+	}
+	return src, nil
+}
+
 // manifest gives an image's manifest, and its config where it is here already.
+// A layout or an archive is always looked into where it can be: that costs
+// nothing, and it may hold another image by now.
 func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name, o ImageOptions, n note) (*image.Manifest, []byte, error) {
-	if o.target != "" {
+	if o.target != "" { // a mount that comes back
 		_, hex, _ := strings.Cut(o.target, ":")
 		id, err := image.ParseName(hex)
 		if err != nil {
@@ -76,34 +89,27 @@ func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name
 		}
 		return d.images.Get(id, o.Platform)
 	}
-	var local error
-	if o.Pull != "always" || o.Offline {
-		m, config, err := d.images.Get(name, o.Platform)
-		if err == nil {
-			return m, config, nil
-		}
-		local = err
-		if o.Offline || o.Pull == "never" {
-			if errors.Is(err, image.ErrNotFound) {
-				return nil, nil, fmt.Errorf("No such image: %s is not here, and the registry may not be asked: %w", name.Familiar(), image.ErrNotFound)
-			}
-			return nil, nil, err
-		}
+	local, config, lerr := d.images.Get(name, o.Platform)
+	fresh := o.Pull == "always" || name.IsLocal() && o.Pull != "never"
+	switch {
+	case lerr == nil && (src == nil || !fresh):
+		return local, config, nil
+	case lerr != nil && !errors.Is(lerr, image.ErrNotFound):
+		n.warn("%v", lerr) // damaged: got again, if it can be
+	}
+	if src == nil && name.IsLocal() && !o.Offline {
+		_, err := d.source(name, o)
+		return nil, nil, err
+	}
+	if src == nil || o.Pull == "never" {
+		return nil, nil, fmt.Errorf("No such image: %s is not here, and may not be asked for%w", name.Familiar(), silent{image.ErrNotFound})
 	}
 	m, err := src.Resolve(ctx, o.Platform)
-	if err == nil {
-		return m, nil, nil
+	if err != nil && lerr == nil && errors.Is(err, image.ErrUnreachable) {
+		n.warn("%v; going on with what is here", err)
+		return local, config, nil
 	}
-	if o.Pull == "always" && errors.Is(err, image.ErrUnreachable) {
-		if m, config, lerr := d.images.Get(name, o.Platform); lerr == nil {
-			n.warn("%v; going on with what is here", err)
-			return m, config, nil
-		}
-	}
-	if local != nil && !errors.Is(local, image.ErrNotFound) {
-		n.warn("%v", local) // damaged, and not to be had again
-	}
-	return nil, nil, err
+	return m, nil, err
 }
 
 // openLayers opens all layers side by side, keeps the image's documents, and

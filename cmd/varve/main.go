@@ -64,7 +64,12 @@ func newRoot() *cobra.Command {
 		Short:         "Mount container images as directories, fetching only what is read",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("no such verb: %s", args[0])
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cmd.Help()
 			return usageError{errors.New("a verb is missing")}
@@ -79,6 +84,7 @@ func newRoot() *cobra.Command {
 	})
 	root.AddCommand(a.mountCmd(), a.umountCmd(), a.psCmd(), a.inspectCmd(), a.lsCmd(), a.catCmd(),
 		a.daemonCmd(), a.versionCmd(), a.demoCmd())
+	wrapArgs(root)
 	for _, c := range root.Commands() {
 		wrapArgs(c)
 	}
