@@ -67,7 +67,7 @@ func newImage(b []byte) (*Image, error) {
 	}
 	block := append([]byte(nil), b[sbOffset:BlockSize]...)
 	le.PutUint32(block[4:], 0)
-	if ^crc32.Checksum(block, crc32.MakeTable(crc32.Castagnoli)) != le.Uint32(sb[4:]) {
+	if ^crc32.Checksum(block, castagnoli) != le.Uint32(sb[4:]) {
 		return nil, fmt.Errorf("%w: superblock checksum", ErrMalformed)
 	}
 	if int64(le.Uint32(sb[36:]))*BlockSize != int64(len(b)) {

@@ -294,7 +294,7 @@ func (o *imageWriter) superblock(l *layout, devices []Device) {
 		block = append(block, 0)
 	}
 	le.PutUint32(block[sbOffset+4:], 0)
-	crc := ^crc32.Checksum(block[sbOffset:BlockSize], crc32.MakeTable(crc32.Castagnoli))
+	crc := ^crc32.Checksum(block[sbOffset:BlockSize], castagnoli)
 	le.PutUint32(head[sbOffset+4:], crc)
 	o.write(head[:l.meta])
 }
