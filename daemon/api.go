@@ -73,6 +73,9 @@ type ImageOptions struct {
 	Offline  bool       `json:"offline,omitempty"`  // never ask the network, for bytes neither
 	Insecure bool       `json:"insecure,omitempty"` // plain HTTP and unverified TLS allowed
 	Auth     image.Auth `json:"auth"`               // where credentials are, never what they are
+	// AuthConfig is the caller's DOCKER_AUTH_CONFIG. It crosses the socket and is
+	// never stored: after a restart the mount has what Auth names.
+	AuthConfig string `json:"auth_config,omitempty"`
 
 	target string // the image ID of a mount that comes back, whatever its tag names by now
 }

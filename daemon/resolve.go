@@ -70,7 +70,9 @@ func (d *Daemon) source(name image.Name, o ImageOptions) (image.Source, error) {
 	if o.Offline {
 		return nil, nil
 	}
-	src, err := d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: o.Auth, Log: d.log})
+	auth := o.Auth
+	auth.Inline = o.AuthConfig
+	src, err := d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: auth, Log: d.log})
 	if err != nil {
 		return nil, err // not src, which may be a nil of some type
 	}

@@ -19,7 +19,9 @@ func (d *Daemon) recordPath(id string) string {
 
 // save writes the mount's record, whole or not at all.
 func (m *mount) save() error {
-	b, err := json.Marshal(m.record)
+	kept := m.record
+	kept.AuthConfig = ""
+	b, err := json.Marshal(kept)
 	if err != nil {
 		return err
 	}

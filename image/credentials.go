@@ -18,10 +18,11 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 )
 
-// Auth says where credentials are looked for. It holds paths and no secret, so
-// it may be stored with a mount and read again days later, when a token runs
-// out.
+// Auth says where credentials are looked for. What JSON has of it is paths and
+// no secret, so it may be stored with a mount and read again days later, when a
+// token runs out.
 type Auth struct {
+	Inline       string `json:"-"`                      // a config.json itself, as in DOCKER_AUTH_CONFIG; asked first of all
 	DockerConfig string `json:"dockerConfig,omitempty"` // directory of config.json; default Home/.docker
 	AuthFile     string `json:"authFile,omitempty"`     // asked first
 	Home         string `json:"home,omitempty"`
@@ -83,6 +84,15 @@ func (l lookup) Authorization() (*authn.AuthConfig, error) {
 // AuthorizationContext takes the first file that has an entry. None is not an
 // error: most images are public.
 func (l lookup) AuthorizationContext(ctx context.Context) (*authn.AuthConfig, error) {
+	if l.auth.Inline != "" {
+		cf := configfile.New("")
+		if err := cf.LoadFromReader(strings.NewReader(l.auth.Inline)); err != nil {
+			return nil, failf(ErrUnauthorized, nil, "credentials for %s: DOCKER_AUTH_CONFIG is not a docker config.json", l.registry)
+		}
+		if ac, found, err := l.ask(ctx, cf); found && err == nil {
+			return &ac, nil
+		}
+	}
 	for _, file := range l.auth.files() {
 		cf, err := readConfig(file)
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ func imageFlags(f *pflag.FlagSet, o *daemon.ImageOptions) {
 	f.StringVar(&o.Platform, "platform", os.Getenv("DOCKER_DEFAULT_PLATFORM"), "os/arch[/variant] (env DOCKER_DEFAULT_PLATFORM; default this machine's)")
 	f.StringVar(&o.Pull, "pull", "missing", "ask the registry for the manifest: missing, always, never")
 	f.BoolVar(&o.Offline, "offline", false, "use what is here and never the network, for files neither")
+	f.StringVar(&o.Auth.AuthFile, "authfile", "", "credentials, in docker's or podman's form (env REGISTRY_AUTH_FILE)")
 	f.BoolVar(&o.Insecure, "insecure", false, "allow plain HTTP and unverified TLS for this registry")
 }
 
@@ -27,7 +29,15 @@ func setImage(o *daemon.ImageOptions, name string) error {
 		return usageError{&daemon.Error{Message: "--pull: want missing, always or never", Exit: daemon.ExitUsage}}
 	}
 	o.Image = absoluteImage(name)
+	file := o.Auth.AuthFile
 	o.Auth = daemon.AuthFromEnv()
+	o.AuthConfig = os.Getenv("DOCKER_AUTH_CONFIG")
+	if file != "" {
+		if _, err := os.Stat(file); err != nil {
+			return usageError{fmt.Errorf("--authfile: %w", err)}
+		}
+		o.Auth.AuthFile, _ = filepath.Abs(file)
+	}
 	return nil
 }
 
