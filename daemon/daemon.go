@@ -77,6 +77,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	defer d.background.Wait()
 	defer stop()
 	d.background.Go(func() { d.logFaults(ctx) })
+	d.background.Go(func() { d.faces.probe() }) // while the first client still asks its registry
 	d.restore(ctx)
 	return d.serve(ctx, c.Metrics, ready)
 }
