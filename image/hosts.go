@@ -109,15 +109,16 @@ func (h *host) complete(registry string, insecure bool) {
 	if len(h.schemes) > 0 {
 		return
 	}
-	h.schemes = []string{"https"}
-	// As docker does: nobody listens in on the loopback, and a registry there
-	// seldom has a certificate.
-	if isLoopback(h.addr) {
+	switch {
+	case isLoopback(h.addr):
+		// As docker does: nobody listens in on the loopback, and a registry there
+		// seldom has a certificate.
 		h.tls.skipVerify = h.tls.skipVerify || h.tls.isZero()
-		insecure = true
-	}
-	if insecure {
+		h.schemes = []string{"http", "https"}
+	case insecure:
 		h.schemes = []string{"https", "http"}
+	default:
+		h.schemes = []string{"https"}
 	}
 }
 

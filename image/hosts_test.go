@@ -93,9 +93,9 @@ func TestSchemes(t *testing.T) {
 		insecure bool
 		want     string
 	}{
-		{"localhost:5000", false, "https http"},
-		{"127.0.0.1:5000", false, "https http"},
-		{"[::1]:5000", false, "https http"},
+		{"localhost:5000", false, "http https"},
+		{"127.0.0.1:5000", false, "http https"},
+		{"[::1]:5000", false, "http https"},
 		{"10.0.0.1:5000", false, "https"},
 		{"reg.test", false, "https"},
 		{"reg.test", true, "https http"},

@@ -20,8 +20,9 @@ const userAgent = "varve"
 
 // session is one repository on one host with one set of credentials: the
 // transport that all its manifests and blobs share. The first request finds
-// out how the host is to be spoken to. A 401 is met with one new token for all
-// that wait. Requests for other hosts, where a blob was redirected to, pass
+// out how the host is to be spoken to, with no ping before it: that would cost
+// every cold mount a round trip. A 401 is met with one new token for all that
+// wait. Requests for other hosts, where a blob was redirected to, pass
 // through bare.
 //
 // Requests are made for https://ADDR/v2/...; the scheme, the path and the ns
@@ -38,7 +39,7 @@ type session struct {
 
 // state is what a session has found out; it is replaced, not changed.
 type state struct {
-	scheme    string // "" before the ping
+	scheme    string // "" before the first answer
 	challenge challenge
 	header    string // Authorization, "" for none
 	err       error  // why the last renewal failed
@@ -57,49 +58,113 @@ func (s *session) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !s.ours(req.URL) {
 		return s.base.RoundTrip(req)
 	}
-	st, err := s.state(req.Context(), nil, challenge{})
+	resp, st, err := s.first(req)
 	if err != nil {
 		if req.Body != nil {
 			req.Body.Close()
 		}
 		return nil, err
 	}
-	resp, err := s.send(req, st)
-	if err != nil || !refused(resp, st) {
-		return resp, err
+	if resp == nil {
+		resp, err = s.send(req, st)
 	}
-	again := req
-	if req.Body != nil && req.Body != http.NoBody {
-		if req.GetBody == nil {
+	// The first refusal may be for want of a credential, a second one for a
+	// password that ran out.
+	for try := 0; try < 2 && err == nil && refused(resp, st); try++ {
+		again, ok := rewound(req)
+		if !ok {
 			return resp, nil
 		}
-		body, err := req.GetBody()
-		if err != nil {
+		fresh, ferr := s.state(req.Context(), &st, parseChallenge(resp.Header))
+		if ferr != nil && resp.StatusCode == http.StatusUnauthorized {
+			discard(resp)
+			return nil, ferr
+		}
+		if ferr != nil || fresh.header == st.header || try > 0 && !basic(fresh) {
 			return resp, nil
 		}
-		again = req.Clone(req.Context())
-		again.Body = body
-	}
-	fresh, err := s.state(req.Context(), &st, parseChallenge(resp.Header))
-	if err != nil && resp.StatusCode == http.StatusUnauthorized {
 		discard(resp)
-		return nil, err
+		st = fresh
+		resp, err = s.send(again, st)
 	}
-	if err != nil || fresh.header == st.header {
-		return resp, nil
+	return resp, err
+}
+
+// rewound gives req to be sent once more, if its body can be.
+func rewound(req *http.Request) (*http.Request, bool) {
+	if req.Body == nil || req.Body == http.NoBody {
+		return req, true
 	}
-	discard(resp)
-	return s.send(again, fresh)
+	if req.GetBody == nil {
+		return nil, false
+	}
+	body, err := req.GetBody()
+	if err != nil {
+		return nil, false
+	}
+	again := req.Clone(req.Context())
+	again.Body = body
+	return again, true
+}
+
+func basic(st state) bool { return strings.HasPrefix(st.header, "Basic ") }
+
+// first gives how to speak to the host, and, where req itself was what found
+// that out, its answer. Others wait for it.
+func (s *session) first(req *http.Request) (*http.Response, state, error) {
+	if req.Body == nil || req.Body == http.NoBody {
+		select {
+		case s.busy <- struct{}{}:
+		case <-req.Context().Done():
+			return nil, state{}, req.Context().Err()
+		}
+		if s.now.scheme == "" && s.now.err == nil {
+			defer func() { <-s.busy }()
+			return s.open(req)
+		}
+		<-s.busy
+	}
+	st, err := s.state(req.Context(), nil, challenge{})
+	return nil, st, err
+}
+
+// open sends the first request of a session, by each scheme that the host may
+// speak. The caller holds busy.
+func (s *session) open(req *http.Request) (resp *http.Response, st state, err error) {
+	var worst error
+	for _, scheme := range s.host.schemes {
+		st = state{scheme: scheme}
+		resp, err = s.send(req, st)
+		if err == nil && s.spoken(resp, scheme) {
+			s.now = st
+			return resp, st, nil
+		}
+		if err == nil {
+			discard(resp)
+			err = errors.New("it speaks TLS")
+		}
+		if worst == nil {
+			worst = err
+		}
+	}
+	return nil, state{}, worst
+}
+
+// spoken reports whether an answer settles the scheme: a server of TLS answers
+// plain HTTP with a 400, where it answers at all.
+func (s *session) spoken(resp *http.Response, scheme string) bool {
+	return scheme != "http" || len(s.host.schemes) == 1 || resp.StatusCode != http.StatusBadRequest
 }
 
 // refused reports whether new credentials could help: after a 401, and after a
-// 403 under basic authentication, with which ECR says that a password ran out.
+// 403 to nobody, or under basic authentication, with which ECR says that a
+// password ran out.
 func refused(resp *http.Response, st state) bool {
 	switch resp.StatusCode {
 	case http.StatusUnauthorized:
 		return true
 	case http.StatusForbidden:
-		return strings.HasPrefix(st.header, "Basic ")
+		return st.header == "" || basic(st)
 	}
 	return false
 }
@@ -260,6 +325,9 @@ func (s *session) ping(ctx context.Context) (string, challenge, error) {
 			continue
 		}
 		discard(resp)
+		if !s.spoken(resp, scheme) {
+			continue
+		}
 		c := challenge{}
 		if resp.StatusCode == http.StatusUnauthorized {
 			c = parseChallenge(resp.Header)
