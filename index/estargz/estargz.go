@@ -54,7 +54,8 @@ func TOCDigest(annotations map[string]string) (string, bool) {
 }
 
 // TailSize gives how many of a blob's last bytes to fetch so that the table of
-// contents is most likely among them.
+// contents is most likely among them. It takes some 0.6 % of a Debian layer; what
+// is fetched in vain should not cost more time than a second round trip would.
 func TailSize(blobSize int64) int64 {
 	const least, most = 64 << 10, 1 << 20
 	return max(0, min(blobSize, max(least, min(most, blobSize/128))))

@@ -16,6 +16,7 @@ import (
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/indextest"
 )
 
 func open(blob []byte, dgst string) (*index.Layer, Landmark, error) {
@@ -28,7 +29,7 @@ func open(blob []byte, dgst string) (*index.Layer, Landmark, error) {
 }
 
 func TestBuilt(t *testing.T) {
-	tarball := makeTar(t, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	for name, tc := range map[string]struct {
 		o      []upstream.Option
 		marked bool
@@ -64,7 +65,7 @@ func TestBuilt(t *testing.T) {
 func TestLossless(t *testing.T) {
 	var buf bytes.Buffer
 	w := upstream.NewWriterLevel(&buf, gzip.BestSpeed)
-	if err := w.AppendTarLossLess(bytes.NewReader(makeTar(t, members()))); err != nil {
+	if err := w.AppendTarLossLess(bytes.NewReader(indextest.Tar(t, tar.FormatPAX, members()))); err != nil {
 		t.Fatal(err)
 	}
 	d, err := w.Close()
@@ -93,7 +94,7 @@ func TestAnnotations(t *testing.T) {
 
 func TestTailSize(t *testing.T) {
 	for in, want := range map[int64]int64{
-		-1: 0, 0: 0, 50: 50, 64 << 10: 64 << 10, 1 << 20: 64 << 10, 32 << 20: 512 << 10, 1 << 40: 1 << 20,
+		-1: 0, 0: 0, 50: 50, 64 << 10: 64 << 10, 1 << 20: 64 << 10, 32 << 20: 256 << 10, 1 << 40: 1 << 20,
 	} {
 		if got := TailSize(in); got != want {
 			t.Errorf("TailSize(%d) = %d, want %d", in, got, want)
@@ -149,7 +150,7 @@ func TestLocate(t *testing.T) {
 func packTOC(t testing.TB, name, json string) []byte {
 	var buf bytes.Buffer
 	zw := gzip.NewWriter(&buf)
-	if _, err := zw.Write(makeTar(t, []member{{h: tar.Header{Name: name, Mode: 0o644}, data: []byte(json)}})); err != nil {
+	if _, err := zw.Write(indextest.Tar(t, tar.FormatPAX, []indextest.Member{{H: tar.Header{Name: name, Mode: 0o644}, Data: []byte(json)}})); err != nil {
 		t.Fatal(err)
 	}
 	if err := zw.Close(); err != nil {
@@ -159,7 +160,7 @@ func packTOC(t testing.TB, name, json string) []byte {
 }
 
 func TestReadRefuses(t *testing.T) {
-	blob, dgst := build(t, makeTar(t, members()))
+	blob, dgst := build(t, indextest.Tar(t, tar.FormatPAX, members()))
 	size := int64(len(blob))
 	off, n, err := Locate(blob[size-footerSize:], size)
 	if err != nil {
@@ -182,7 +183,7 @@ func TestReadRefuses(t *testing.T) {
 		"no tar": {func() []byte {
 			var b bytes.Buffer
 			w := gzip.NewWriter(&b)
-			w.Write(noise(2000, 1))
+			w.Write(indextest.Noise(2000, 1))
 			w.Close()
 			return b.Bytes()
 		}(), dgst, size, off, "no tar"},
@@ -228,7 +229,7 @@ func FuzzLocate(f *testing.F) {
 }
 
 func FuzzRead(f *testing.F) {
-	blob, _ := build(f, makeTar(f, members()[:3]), upstream.WithChunkSize(3))
+	blob, _ := build(f, indextest.Tar(f, tar.FormatPAX, members()[:3]), upstream.WithChunkSize(3))
 	size := int64(len(blob))
 	off, n, err := Locate(blob[size-footerSize:], size)
 	if err != nil {

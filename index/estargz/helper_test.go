@@ -12,65 +12,29 @@ import (
 	"github.com/klauspost/compress/gzip"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/indextest"
 )
 
-type member struct {
-	h    tar.Header
-	data []byte
-}
-
-func makeTar(t testing.TB, ms []member) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	tw := tar.NewWriter(&buf)
-	for _, m := range ms {
-		h := m.h
-		h.Size, h.Format = int64(len(m.data)), tar.FormatPAX
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-		}
-		if err := tw.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := tw.Write(m.data); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := tw.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
-}
-
-func noise(n int, seed uint64) []byte {
-	p := make([]byte, n)
-	for i := range p {
-		seed = seed*6364136223846793005 + 1442695040888963407
-		p[i] = byte(seed >> 56)
-	}
-	return p
-}
-
-func members() []member {
+func members() []indextest.Member {
 	when := time.Unix(1700000000, 0)
-	big := noise(300_000, 1)
-	return []member{
-		{h: tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: when}},
-		{h: tar.Header{Name: "bin/", Typeflag: tar.TypeDir, Mode: 0o1777, ModTime: time.Unix(-5, 0)}},
-		{h: tar.Header{Name: "bin/su", Mode: 0o4755, ModTime: when, Uid: 4000000000, Gid: 7, PAXRecords: map[string]string{
+	big := indextest.Noise(300_000, 1)
+	return []indextest.Member{
+		{H: tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: when}},
+		{H: tar.Header{Name: "bin/", Typeflag: tar.TypeDir, Mode: 0o1777, ModTime: time.Unix(-5, 0)}},
+		{H: tar.Header{Name: "bin/su", Mode: 0o4755, ModTime: when, Uid: 4000000000, Gid: 7, PAXRecords: map[string]string{
 			"SCHILY.xattr.security.capability": "\x01\x00\x00\x02\xff\x00",
-		}}, data: []byte("hello")},
-		{h: tar.Header{Name: "bin/big", Mode: 0o2755, ModTime: when}, data: big},
-		{h: tar.Header{Name: "bin/copy", Mode: 0o644, ModTime: when}, data: big},
-		{h: tar.Header{Name: "exact", Mode: 0o644, ModTime: when}, data: noise(10_000, 5)},
-		{h: tar.Header{Name: "zeros", Mode: 0o600, ModTime: when}, data: make([]byte, 70_000)},
-		{h: tar.Header{Name: "empty", Mode: 0o600, ModTime: when}},
-		{h: tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../bin/su", Mode: 0o777, ModTime: when}},
-		{h: tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "./bin/su", Mode: 0o4755, ModTime: when}},
-		{h: tar.Header{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 300, Mode: 0o666, ModTime: when}},
-		{h: tar.Header{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 300, Devminor: 1, Mode: 0o660, ModTime: when}},
-		{h: tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600, ModTime: when}},
-		{h: tar.Header{Name: "bin/.wh.gone", Mode: 0o600, ModTime: when}},
+		}}, Data: []byte("hello")},
+		{H: tar.Header{Name: "bin/big", Mode: 0o2755, ModTime: when}, Data: big},
+		{H: tar.Header{Name: "bin/copy", Mode: 0o644, ModTime: when}, Data: big},
+		{H: tar.Header{Name: "exact", Mode: 0o644, ModTime: when}, Data: indextest.Noise(10_000, 5)},
+		{H: tar.Header{Name: "zeros", Mode: 0o600, ModTime: when}, Data: make([]byte, 70_000)},
+		{H: tar.Header{Name: "empty", Mode: 0o600, ModTime: when}},
+		{H: tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../bin/su", Mode: 0o777, ModTime: when}},
+		{H: tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "./bin/su", Mode: 0o4755, ModTime: when}},
+		{H: tar.Header{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 300, Mode: 0o666, ModTime: when}},
+		{H: tar.Header{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 300, Devminor: 1, Mode: 0o660, ModTime: when}},
+		{H: tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600, ModTime: when}},
+		{H: tar.Header{Name: "bin/.wh.gone", Mode: 0o600, ModTime: when}},
 	}
 }
 

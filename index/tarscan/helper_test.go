@@ -14,70 +14,34 @@ import (
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/indextest"
 )
 
-type member struct {
-	h    tar.Header
-	data []byte
-}
-
-func makeTar(t testing.TB, format tar.Format, ms []member) []byte {
-	t.Helper()
-	var buf bytes.Buffer
-	tw := tar.NewWriter(&buf)
-	for _, m := range ms {
-		h := m.h
-		h.Size, h.Format = int64(len(m.data)), format
-		if h.Typeflag == 0 {
-			h.Typeflag = tar.TypeReg
-		}
-		if err := tw.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := tw.Write(m.data); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := tw.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
-}
-
-func noise(n int, seed uint64) []byte {
-	p := make([]byte, n)
-	for i := range p {
-		seed = seed*6364136223846793005 + 1442695040888963407
-		p[i] = byte(seed >> 56)
-	}
-	return p
-}
-
-func members() []member {
+func members() []indextest.Member {
 	when := time.Unix(-3, 250_000_000)
 	holed := make([]byte, 11<<20) // pieces: data, zeroes, data
-	copy(holed[5000:], noise(9000, 2))
-	copy(holed[8<<20+130<<10:], noise(70_000, 3))
-	return []member{
-		{h: tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: when}},
-		{h: tar.Header{Name: "a/", Typeflag: tar.TypeDir, Mode: 0o1777, ModTime: when}},
-		{h: tar.Header{Name: "a/su", Mode: 0o4755, ModTime: when, Uid: 4000000000, Gid: 7, PAXRecords: map[string]string{
+	copy(holed[5000:], indextest.Noise(9000, 2))
+	copy(holed[8<<20+130<<10:], indextest.Noise(70_000, 3))
+	return []indextest.Member{
+		{H: tar.Header{Name: "./", Typeflag: tar.TypeDir, Mode: 0o755, ModTime: when}},
+		{H: tar.Header{Name: "a/", Typeflag: tar.TypeDir, Mode: 0o1777, ModTime: when}},
+		{H: tar.Header{Name: "a/su", Mode: 0o4755, ModTime: when, Uid: 4000000000, Gid: 7, PAXRecords: map[string]string{
 			"SCHILY.xattr.security.capability": "\x01\x00\x00\x02\xff\x00",
 			"LIBARCHIVE.xattr.user.x%20y":      "AP8",
 			"LIBARCHIVE.creationtime":          "1",
-		}}, data: []byte("hello")},
-		{h: tar.Header{Name: "big", Mode: 0o644, ModTime: when}, data: noise(9<<20+17, 1)},
-		{h: tar.Header{Name: "piece", Mode: 0o644, ModTime: when}, data: noise(4<<20, 8)},
-		{h: tar.Header{Name: "holed", Mode: 0o644, ModTime: when}, data: holed},
-		{h: tar.Header{Name: "zeros", Mode: 0o600, ModTime: when}, data: make([]byte, 5<<20)},
-		{h: tar.Header{Name: "empty", Mode: 0o600, ModTime: when}},
-		{h: tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../a/su", Mode: 0o777}},
-		{h: tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "./a/su", Mode: 0o4755}},
-		{h: tar.Header{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 300, Mode: 0o666}},
-		{h: tar.Header{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 300, Devminor: 1, Mode: 0o660}},
-		{h: tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600}},
-		{h: tar.Header{Name: "a/.wh.gone", Mode: 0o600}},
-		{h: tar.Header{Name: "cont", Typeflag: tar.TypeCont, Mode: 0o600}, data: []byte("old")},
+		}}, Data: []byte("hello")},
+		{H: tar.Header{Name: "big", Mode: 0o644, ModTime: when}, Data: indextest.Noise(9<<20+17, 1)},
+		{H: tar.Header{Name: "piece", Mode: 0o644, ModTime: when}, Data: indextest.Noise(4<<20, 8)},
+		{H: tar.Header{Name: "holed", Mode: 0o644, ModTime: when}, Data: holed},
+		{H: tar.Header{Name: "zeros", Mode: 0o600, ModTime: when}, Data: make([]byte, 5<<20)},
+		{H: tar.Header{Name: "empty", Mode: 0o600, ModTime: when}},
+		{H: tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "../a/su", Mode: 0o777}},
+		{H: tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "./a/su", Mode: 0o4755}},
+		{H: tar.Header{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 300, Mode: 0o666}},
+		{H: tar.Header{Name: "disk", Typeflag: tar.TypeBlock, Devmajor: 300, Devminor: 1, Mode: 0o660}},
+		{H: tar.Header{Name: "pipe", Typeflag: tar.TypeFifo, Mode: 0o600}},
+		{H: tar.Header{Name: "a/.wh.gone", Mode: 0o600}},
+		{H: tar.Header{Name: "cont", Typeflag: tar.TypeCont, Mode: 0o600}, Data: []byte("old")},
 	}
 }
 

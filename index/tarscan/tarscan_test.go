@@ -22,10 +22,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/indextest"
 )
 
 func TestScan(t *testing.T) {
-	tarball := makeTar(t, tar.FormatPAX, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	garbage := append(slices.Clone(tarball), bytes.Repeat([]byte("after the end"), 1000)...)
 	for name, tc := range map[string]struct {
 		blob, tarball []byte
@@ -49,7 +50,7 @@ func TestScan(t *testing.T) {
 }
 
 func TestEntries(t *testing.T) {
-	l := check(t, makeTar(t, tar.FormatPAX, members()), makeTar(t, tar.FormatPAX, members()), Plain)
+	l := check(t, indextest.Tar(t, tar.FormatPAX, members()), indextest.Tar(t, tar.FormatPAX, members()), Plain)
 	byName := map[string]index.Entry{}
 	for _, e := range l.Entries {
 		e.Data = 0
@@ -82,14 +83,14 @@ func TestFormats(t *testing.T) {
 	when := time.Unix(1700000000, 0)
 	for name, f := range map[string]tar.Format{"gnu": tar.FormatGNU, "pax": tar.FormatPAX} {
 		t.Run(name, func(t *testing.T) {
-			ms := []member{
-				{h: tar.Header{Name: long, Mode: 0o644, ModTime: when, Uid: 1 << 31, Gid: 1<<32 - 1}, data: []byte("x")},
-				{h: tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: long, ModTime: time.Unix(-1e9, 0)}},
+			ms := []indextest.Member{
+				{H: tar.Header{Name: long, Mode: 0o644, ModTime: when, Uid: 1 << 31, Gid: 1<<32 - 1}, Data: []byte("x")},
+				{H: tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: long, ModTime: time.Unix(-1e9, 0)}},
 			}
 			if f == tar.FormatPAX {
-				ms = append(ms, member{h: tar.Header{Name: "file", ModTime: when}, data: []byte("y")})
+				ms = append(ms, indextest.Member{H: tar.Header{Name: "file", ModTime: when}, Data: []byte("y")})
 			}
-			p := makeTar(t, f, ms)
+			p := indextest.Tar(t, f, ms)
 			if f == tar.FormatPAX {
 				var g bytes.Buffer
 				tw := tar.NewWriter(&g)
@@ -147,14 +148,14 @@ func TestDetect(t *testing.T) {
 }
 
 func TestRefuses(t *testing.T) {
-	tarball := makeTar(t, tar.FormatPAX, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	zipped, zstded := gz(t, tarball, 1, 1<<30), zst(t, tarball, 1<<30)
 	one := func(h tar.Header) []byte {
-		p := makeTar(t, tar.FormatPAX, []member{{h: h}})
+		p := indextest.Tar(t, tar.FormatPAX, []indextest.Member{{H: h}})
 		return p
 	}
 	typed := func(flag byte) []byte { // a header with a type the writer would not write
-		p := makeTar(t, tar.FormatUSTAR, []member{{h: tar.Header{Name: "odd"}}})
+		p := indextest.Tar(t, tar.FormatUSTAR, []indextest.Member{{H: tar.Header{Name: "odd"}}})
 		p[156] = flag
 		sum := 0
 		copy(p[148:], "        ")
@@ -173,8 +174,8 @@ func TestRefuses(t *testing.T) {
 		c    Compression
 		want string
 	}{
-		"no tar":           {noise(2000, 1), Plain, "not a tar archive: first bytes"},
-		"gzip of no tar":   {gz(t, noise(2000, 1), 1, 1<<20), Gzip, "not a tar archive: first bytes"},
+		"no tar":           {indextest.Noise(2000, 1), Plain, "not a tar archive: first bytes"},
+		"gzip of no tar":   {gz(t, indextest.Noise(2000, 1), 1, 1<<20), Gzip, "not a tar archive: first bytes"},
 		"json":             {[]byte(`{"a":1}`), Plain, "truncated"},
 		"plain, cut":       {tarball[:5<<20], Plain, "truncated"},
 		"plain, in header": {tarball[:1024+200], Plain, "truncated"},
@@ -221,7 +222,7 @@ func paxHeader(t *testing.T, records string, size int64) []byte {
 		n += len(strconv.Itoa(n + 2))
 		records += fmt.Sprintf("%d %s", n, r)
 	}
-	p := makeTar(t, tar.FormatUSTAR, []member{{h: tar.Header{Name: "pax"}, data: []byte(records)}})
+	p := indextest.Tar(t, tar.FormatUSTAR, []indextest.Member{{H: tar.Header{Name: "pax"}, Data: []byte(records)}})
 	p[156] = tar.TypeXHeader
 	sum := 0
 	copy(p[148:], "        ")
@@ -244,7 +245,7 @@ func leaks(t *testing.T, before int) {
 }
 
 func TestOthersFail(t *testing.T) {
-	tarball := makeTar(t, tar.FormatPAX, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	gone, full := errors.New("gone"), errors.New("disk full")
 	for c, blob := range map[Compression][]byte{Plain: tarball, Gzip: gz(t, tarball, 1, 1<<30), Zstd: zst(t, tarball, 1<<20)} {
 		before := runtime.NumGoroutine()
@@ -279,14 +280,14 @@ func TestGNUSparse(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range int64(30) { // more runs than the old form has room for in a header
-		if _, err := f.WriteAt(noise(5000, uint64(i)), i*600_000); err != nil {
+		if _, err := f.WriteAt(indextest.Noise(5000, uint64(i)), i*600_000); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := errors.Join(f.Truncate(40<<20), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "after"), noise(5000, 99), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "after"), indextest.Noise(5000, 99), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for name, args := range map[string][]string{
@@ -317,7 +318,7 @@ func TestPigz(t *testing.T) {
 	if err != nil {
 		t.Skip("no pigz")
 	}
-	tarball := makeTar(t, tar.FormatPAX, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	for _, args := range [][]string{{"-c"}, {"-c", "-i", "-0"}, {"-c", "-p", "4", "-b", "128"}} {
 		cmd := exec.Command(pigz, args...)
 		cmd.Stdin = bytes.NewReader(tarball)
@@ -330,14 +331,14 @@ func TestPigz(t *testing.T) {
 }
 
 func FuzzScan(f *testing.F) {
-	small := makeTar(f, tar.FormatPAX, append(members()[:3], members()[8:]...))
+	small := indextest.Tar(f, tar.FormatPAX, append(members()[:3], members()[8:]...))
 	f.Add(small, uint8(Plain))
 	f.Add(small, uint8(Gzip)|0x80)
 	f.Add(small, uint8(Zstd)|0x80)
 	f.Add(gz(f, small, 6, 1000), uint8(Gzip))
 	f.Add(append(gz(f, small, 0, 1<<20), 0, 0, 0), uint8(Gzip))
 	f.Add(zst(f, small, 1000), uint8(Zstd))
-	f.Add(makeTar(f, tar.FormatGNU, []member{{h: tar.Header{Name: strings.Repeat("n/", 200) + "f", Mode: 0o644}, data: []byte("x")}}), uint8(Plain))
+	f.Add(indextest.Tar(f, tar.FormatGNU, []indextest.Member{{H: tar.Header{Name: strings.Repeat("n/", 200) + "f", Mode: 0o644}, Data: []byte("x")}}), uint8(Plain))
 	f.Fuzz(func(t *testing.T, data []byte, how uint8) {
 		c := Compression(how & 0x7f)
 		if c > Zstd {
@@ -375,7 +376,7 @@ func (discard) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func BenchmarkScan(b *testing.B) {
-	tarball := makeTar(b, tar.FormatPAX, members())
+	tarball := indextest.Tar(b, tar.FormatPAX, members())
 	for name, blob := range map[string][]byte{"plain": tarball, "gzip": gz(b, tarball, 6, 1<<30), "zstd": zst(b, tarball, 1<<30)} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(tarball)))

@@ -1,6 +1,7 @@
 package zstdchunked
 
 import (
+	"archive/tar"
 	"bytes"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/indextest"
 )
 
 func TestAnnotationNames(t *testing.T) {
@@ -28,7 +30,7 @@ func TestAnnotationNames(t *testing.T) {
 }
 
 func TestContainers(t *testing.T) {
-	tarball := makeTar(t, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	for _, most := range []int{1 << 30, 64 << 10, 1000} {
 		blob, notes := writeContainers(t, tarball, most)
 		l := readBlob(t, blob, notes)
@@ -59,7 +61,7 @@ func TestContainers(t *testing.T) {
 }
 
 func TestStargz(t *testing.T) {
-	tarball := makeTar(t, members())
+	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	hidden := func(name string) bool { n, _ := index.Clean(name); return skip(n, 0) }
 	for name, o := range map[string][]estargz.Option{
 		"plain":       nil,
@@ -131,7 +133,7 @@ func TestFromAnnotations(t *testing.T) {
 }
 
 func TestReadRefuses(t *testing.T) {
-	blob, notes := writeContainers(t, makeTar(t, members()), 1<<30)
+	blob, notes := writeContainers(t, indextest.Tar(t, tar.FormatPAX, members()), 1<<30)
 	good, _, _ := FromAnnotations(notes)
 	size := int64(len(blob))
 	toc := blob[good.Offset : good.Offset+good.Length]
@@ -181,9 +183,9 @@ func TestReadRefuses(t *testing.T) {
 
 func FuzzRead(f *testing.F) {
 	enc, _ := zstd.NewWriter(nil)
-	small := []member{members()[1], members()[2], members()[5]}
+	small := []indextest.Member{members()[1], members()[2], members()[5]}
 	for _, most := range []int{1 << 20, 3000} {
-		blob, notes := writeContainers(f, makeTar(f, small), most)
+		blob, notes := writeContainers(f, indextest.Tar(f, tar.FormatPAX, small), most)
 		p, _, _ := FromAnnotations(notes)
 		dec, _ := zstd.NewReader(bytes.NewReader(blob[p.Offset : p.Offset+p.Length]))
 		json, _ := io.ReadAll(dec)
