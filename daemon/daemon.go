@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"sync"
@@ -49,7 +50,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	if err := c.Dirs.make(); err != nil {
 		return err
 	}
-	unlock, err := lock(filepath.Join(c.Dirs.State, "lock"))
+	unlock, err := lock(filepath.Join(c.Dirs.State, "lock"), c.Dirs.Socket)
 	if err != nil {
 		return err
 	}
@@ -83,8 +84,9 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 }
 
 // lock keeps a second daemon from the same state. The lock file holds the pid of
-// who has it. A daemon that is just ending is waited for.
-func lock(path string) (unlock func(), err error) {
+// who has it. A daemon that is just ending is waited for; one that answers at its
+// socket is not, or this one would take over when that one is stopped.
+func lock(path, socket string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -94,7 +96,7 @@ func lock(path string) (unlock func(), err error) {
 		if err == nil {
 			break
 		}
-		if patience <= 0 {
+		if patience <= 0 || answers(socket) {
 			pid, _ := io.ReadAll(io.LimitReader(f, 16))
 			f.Close()
 			return nil, fmt.Errorf("%s is in use by the daemon with pid %s", filepath.Dir(path), pid)
@@ -104,6 +106,15 @@ func lock(path string) (unlock func(), err error) {
 	f.Truncate(0)
 	fmt.Fprintf(f, "%d", os.Getpid())
 	return func() { f.Close() }, nil
+}
+
+func answers(socket string) bool {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return false
+	}
+	c.Close()
+	return true
 }
 
 // unlocked reports whether no daemon has the lock.

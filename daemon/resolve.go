@@ -44,8 +44,11 @@ func (t *tree) close() {
 // contents, since only a layer that is read whole needs it.
 func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err error) {
 	name, err := image.ParseName(o.Image)
+	if err == nil {
+		_, err = image.NormalizePlatform(o.Platform)
+	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
 	t := &tree{}
 	defer func() {

@@ -40,9 +40,10 @@ type Fetcher struct {
 
 	opened sync.WaitGroup
 
-	mu     sync.Mutex // guards what follows; taken before a layer's mu
-	layers map[string]*Layer
-	closed bool
+	mu        sync.Mutex // guards what follows; taken before a layer's mu
+	layers    map[string]*Layer
+	forgotten []*Layer // open, and no longer in the store
+	closed    bool
 }
 
 // Config is what a Fetcher needs. Patience may be left zero.
@@ -104,7 +105,10 @@ func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
 		// Who comes second waits for the first, whose context rules; if that one
 		// was canceled, the second goes on by itself.
 		_, err, shared := f.opening.Do(q.Digest, func() (any, error) { return nil, f.prepare(ctx, q) })
-		if err != nil && (!shared || ctx.Err() != nil || !errors.Is(err, context.Canceled)) {
+		if err == nil {
+			return f.acquire(q)
+		}
+		if !shared || ctx.Err() != nil || !errors.Is(err, context.Canceled) {
 			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
 		}
 	}
@@ -122,6 +126,7 @@ func (f *Fetcher) acquire(q Request) (*Handle, error) {
 	h := &Handle{Layer: l, blob: q.Blob}
 	if q.Blob != nil {
 		l.mu.Lock()
+		clear(l.failed) // this one may have what the others had not
 		l.sources = append(l.sources, h)
 		l.mu.Unlock()
 	}
@@ -153,7 +158,7 @@ func (f *Fetcher) openAll() {
 		f.log.Warn("the store cannot be listed", "err", err)
 	}
 	for _, d := range digests {
-		if _, err := f.resident(d); err != nil && !errors.Is(err, store.ErrNotFound) {
+		if _, err := f.resident(d); err != nil {
 			if errors.Is(err, os.ErrClosed) {
 				return
 			}
@@ -166,31 +171,35 @@ func (f *Fetcher) openAll() {
 // more.
 func (f *Fetcher) Close() error {
 	f.mu.Lock()
-	f.closed = true
+	layers := append(slices.Collect(maps.Values(f.layers)), f.forgotten...)
+	f.layers, f.forgotten, f.closed = nil, nil, true
 	f.mu.Unlock()
 	f.opened.Wait()
+	for _, l := range layers {
+		l.end()
+	}
 	var errs []error
-	for _, l := range f.layers {
+	for _, l := range layers {
 		errs = append(errs, l.close())
 	}
 	return errors.Join(errs...)
 }
 
-// load opens a layer of the store. A layer whose documents were damaged is
-// removed, so that it is made again.
+// load opens a layer of the store. One that is damaged counts as not found, so
+// that it is made again.
 func (f *Fetcher) load(digest string) (*Layer, error) {
 	l := &Layer{f: f, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
 	raw, err := f.store.Map(digest, framesDocument)
-	if err != nil {
-		return nil, err
-	}
-	l.tableMap = raw
-	if err := l.documents(raw); err != nil {
-		unix.Munmap(raw)
-		if errors.Is(err, store.ErrNotFound) || errors.Is(err, index.ErrMalformed) {
-			f.log.Warn("layer in the store is damaged and made again", "layer", digest, "err", err)
-			return nil, errors.Join(store.ErrNotFound, f.store.Remove(digest))
+	if err == nil {
+		l.tableMap = raw
+		if err = l.documents(raw); err != nil {
+			unix.Munmap(raw)
 		}
+	}
+	if errors.Is(err, store.ErrDamaged) || errors.Is(err, index.ErrMalformed) {
+		return nil, fmt.Errorf("%w: %w", store.ErrNotFound, err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
@@ -221,13 +230,30 @@ func (l *Layer) documents(raw []byte) (err error) {
 	return nil
 }
 
-// Entries reads the layer's names. They are not kept in memory.
+// Entries reads the layer's names. They are not kept in memory. If they are
+// damaged, the next who opens the layer has it made again.
 func (l *Layer) Entries() ([]index.Entry, error) {
 	raw, err := l.f.store.Document(l.Digest, tocDocument)
-	if err != nil {
-		return nil, err
+	var entries []index.Entry
+	if err == nil {
+		entries, err = index.ReadTOC(raw)
 	}
-	return index.ReadTOC(raw)
+	if errors.Is(err, store.ErrNotFound) || errors.Is(err, index.ErrMalformed) {
+		return nil, fmt.Errorf("%v: %w", l, errors.Join(err, l.f.forget(l)))
+	}
+	return entries, err
+}
+
+// forget takes a layer from the store. Who has it open goes on with it.
+func (f *Fetcher) forget(l *Layer) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.layers[l.Digest] != l {
+		return nil
+	}
+	delete(f.layers, l.Digest)
+	f.forgotten = append(f.forgotten, l)
+	return f.store.Remove(l.Digest)
 }
 
 // copyLocal fills a piece from another layer of the store that has the same

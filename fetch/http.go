@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -144,7 +145,7 @@ func (o *origin) open(ctx context.Context, off, n, size int64, m *metrics.Metric
 func (o *origin) get(ctx context.Context, target string, off, n, size int64, m *metrics.Metrics) (_ io.ReadCloser, _ int64, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, redact(err)
 	}
 	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+n-1))
 	req.Header.Set("Accept-Encoding", "identity")
@@ -222,16 +223,23 @@ func retryAfter(h string, now time.Time) time.Duration {
 	return min(max(d, 0), 2*time.Minute)
 }
 
-// redact takes the query, which may be a signature, out of a transport error.
+var query = regexp.MustCompile(`\?[^\s"]*`)
+
+// redact takes queries, which may be signatures, out of a transport error: that
+// of the URL, and that of a Location which net/http could not read.
 func redact(err error) error {
 	var ue *url.Error
-	if errors.As(err, &ue) {
-		if u, perr := url.Parse(ue.URL); perr == nil {
-			return fmt.Errorf("%s %s: %w", strings.ToUpper(ue.Op), u.Host, ue.Err)
-		}
-		return ue.Err
+	if !errors.As(err, &ue) {
+		return err
 	}
-	return err
+	host := "a URL that cannot be read"
+	if u, perr := url.Parse(ue.URL); perr == nil {
+		host = u.Host
+	}
+	if cause := ue.Err.Error(); query.MatchString(cause) {
+		return fmt.Errorf("%s %s: %s", strings.ToUpper(ue.Op), host, query.ReplaceAllString(cause, "?..."))
+	}
+	return fmt.Errorf("%s %s: %w", strings.ToUpper(ue.Op), host, ue.Err)
 }
 
 type reasonKey struct{}

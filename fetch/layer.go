@@ -1,6 +1,7 @@
 package fetch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -173,14 +174,15 @@ func (l *Layer) claim(frames []int) (waits []*flight, claimed []int, err error) 
 	return waits, claimed, nil
 }
 
-// claimRest claims every frame from the given one on that is neither present nor
-// on its way: a blob that comes whole gives all of them.
-func (l *Layer) claimRest() (claimed []int) {
+// claimRest claims every frame that is neither present nor on its way: a blob
+// that comes whole gives all of them. Those that only a scan of it finds are
+// among them where one is made.
+func (l *Layer) claimRest(scan bool) (claimed []int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n, _, _ := l.frames.Len()
 	for f := range n {
-		if l.flights[f] == nil && !l.data.Present(f) {
+		if l.flights[f] == nil && !l.data.Present(f) && (scan || l.frames.Frame(f).Kind != index.Stream) {
 			l.flights[f] = &flight{done: make(chan struct{})}
 			claimed = append(claimed, f)
 		}
@@ -220,6 +222,10 @@ func (l *Layer) start(claimed []int) {
 				l.land(f, nil)
 			}
 			return ok
+		})
+		// What only a scan of the blob can give takes one, wherever it lies.
+		slices.SortStableFunc(claimed, func(a, b int) int {
+			return cmp.Compare(l.frames.Frame(a).Kind, l.frames.Frame(b).Kind)
 		})
 		var wg sync.WaitGroup
 		for len(claimed) > 0 {
@@ -284,14 +290,16 @@ func sizeOf(pieces []index.Piece) (n int64) {
 	return n
 }
 
-// close ends what is on its way and closes the files.
-func (l *Layer) close() error {
+// end ends what is on its way. It may still read from other layers.
+func (l *Layer) end() {
 	l.mu.Lock()
 	l.cancel()
 	l.mu.Unlock()
 	l.runs.Wait()
-	return errors.Join(l.data.Close(), unix.Munmap(l.tableMap))
 }
+
+// close closes the files, when every layer has ended.
+func (l *Layer) close() error { return errors.Join(l.data.Close(), unix.Munmap(l.tableMap)) }
 
 // String names the layer in errors.
 func (l *Layer) String() string { return fmt.Sprintf("layer %.19s", l.Digest) }

@@ -34,27 +34,37 @@ func (p Patience) orDefault() Patience {
 // connection that breaks, stalls or ends early is made again from where it
 // stopped. It gives up when there was no progress for Patience.Total.
 type reader struct {
-	ctx   context.Context
-	blob  Blob
-	wait  Patience
-	count func(n int) // bytes that came over the network
-	retry func()
+	ctx    context.Context
+	blob   Blob
+	wait   Patience
+	count  func(n int) // bytes that came over the network
+	retry  func()
+	ranged bool // refuse a body that begins elsewhere
 
 	off, end int64
-	body     io.ReadCloser
-	cancel   context.CancelCauseFunc
-	spoilt   func() // makes the next attempt begin with another origin
-	watch    *time.Timer
-	at       int64 // where body stands
+	body     *body // nil between attempts
 	progress time.Time
 	tries    int
-	ranged   bool  // refuse a body that begins elsewhere
-	err      error // why it gave up
+	refused  bool   // since the last progress
+	spoilt   func() // makes the next attempt begin with another origin
+	err      error  // why it gave up
+}
+
+// body is what one attempt gave.
+type body struct {
+	io.ReadCloser
+	ctx      context.Context // ended by the watch, or by cancel
+	cancel   context.CancelCauseFunc
+	watch    *time.Timer
+	from, at int64 // where in the blob it began and stands
 }
 
 // newReader prepares to read [off, end). Close it.
 func newReader(ctx context.Context, blob Blob, off, end int64, wait Patience) *reader {
-	return &reader{ctx: ctx, blob: blob, wait: wait.orDefault(), off: off, end: end, progress: time.Now(), count: func(int) {}, retry: func() {}, spoilt: func() {}}
+	return &reader{
+		ctx: ctx, blob: blob, wait: wait.orDefault(), off: off, end: end, progress: time.Now(),
+		count: func(int) {}, retry: func() {}, spoilt: func() {},
+	}
 }
 
 func (r *reader) Read(p []byte) (int, error) {
@@ -68,7 +78,7 @@ func (r *reader) Read(p []byte) (int, error) {
 	for {
 		n, err := r.attempt(p)
 		if n > 0 {
-			r.progress, r.tries = time.Now(), 0
+			r.progress, r.tries, r.refused = time.Now(), 0, false
 			return n, nil
 		}
 		if !errors.Is(err, errUnranged) {
@@ -88,8 +98,8 @@ func (r *reader) attempt(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	for r.at < r.off { // a whole blob was given: let pass what comes before
-		n, err := r.read(p[:min(int64(len(p)), r.off-r.at)])
+	for r.body.at < r.off { // a whole blob was given: let pass what comes before
+		n, err := r.read(p[:min(int64(len(p)), r.off-r.body.at)])
 		if n == 0 {
 			return 0, r.broken(err)
 		}
@@ -103,37 +113,43 @@ func (r *reader) attempt(p []byte) (int, error) {
 }
 
 func (r *reader) read(p []byte) (int, error) {
-	r.watch.Reset(r.wait.Stall)
+	r.body.watch.Reset(r.wait.Stall)
 	n, err := r.body.Read(p)
-	r.watch.Stop()
-	r.at += int64(n)
+	r.body.watch.Stop()
+	r.body.at += int64(n)
 	r.count(n)
 	return n, err
 }
 
 func (r *reader) open() error {
 	ctx, cancel := context.WithCancelCause(r.ctx)
-	r.watch = time.AfterFunc(r.wait.Stall, func() { cancel(errStalled) })
-	body, at, err := r.blob.Open(ctx, r.off, r.end-r.off)
+	watch := time.AfterFunc(r.wait.Stall, func() { cancel(errStalled) })
+	rc, at, err := r.blob.Open(ctx, r.off, r.end-r.off)
 	if err == nil && at != r.off && r.ranged {
-		body.Close()
+		rc.Close()
 		err = errUnranged
 	}
 	if err != nil {
-		r.watch.Stop()
+		watch.Stop()
 		err = stalled(ctx, err)
 		cancel(nil)
 		return err
 	}
-	r.body, r.at, r.cancel, r.ended = body, at, cancel, ctx
-	r.fresh, r.spoilt = true, func() {}
-	if s, ok := body.(*served); ok {
+	r.body = &body{ReadCloser: rc, ctx: ctx, cancel: cancel, watch: watch, from: at, at: at}
+	r.spoilt = func() {}
+	if s, ok := rc.(*served); ok {
 		r.spoilt = s.spoilt
 	}
 	return nil
 }
 
+// broken ends a body that gives no more. An origin that gave nothing at all is
+// not the first to be asked again.
 func (r *reader) broken(err error) error {
+	if r.body.at == r.body.from {
+		r.spoilt()
+	}
+	err = stalled(r.body.ctx, err)
 	r.drop()
 	if err == nil || err == io.EOF {
 		return io.ErrUnexpectedEOF
@@ -141,11 +157,19 @@ func (r *reader) broken(err error) error {
 	return err
 }
 
+// stalled tells an attempt that the watch ended from one that somebody canceled.
+func stalled(ctx context.Context, err error) error {
+	if context.Cause(ctx) == errStalled {
+		return fmt.Errorf("%w (%v)", errStalled, err)
+	}
+	return err
+}
+
 func (r *reader) drop() {
 	if r.body != nil {
-		r.cancel()
+		r.body.watch.Stop()
+		r.body.cancel(nil)
 		r.body.Close()
-		r.watch.Stop()
 		r.body = nil
 	}
 }
@@ -156,9 +180,11 @@ func (r *reader) pause(cause error) error {
 		return context.Cause(r.ctx)
 	}
 	left := r.wait.Total - time.Since(r.progress)
-	if !temporary(cause) && r.tries > 0 || left <= 0 {
+	refused := !temporary(cause)
+	if refused && r.refused || left <= 0 {
 		return fmt.Errorf("%w: %w", ErrUnavailable, cause)
 	}
+	r.refused = r.refused || refused
 	d := r.wait.Base << min(r.tries, 6)
 	d = d/2 + rand.N(d)
 	var se *StatusError
@@ -182,10 +208,13 @@ func (r *reader) Close() error {
 	return nil
 }
 
-// temporary reports whether trying again may help. An answer that refuses is
-// tried once more, since a token or a signature may just have run out; what is
-// no answer at all is.
+// temporary reports whether trying again may help. An answer that refuses, or is
+// none to what was asked, is tried once more, since a token or a signature may
+// just have run out; what is no answer at all is.
 func temporary(err error) bool {
+	if errors.Is(err, errAnswer) {
+		return false
+	}
 	var se *StatusError
 	if errors.As(err, &se) {
 		return se.Temporary()

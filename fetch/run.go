@@ -40,7 +40,7 @@ func (l *Layer) run(frames []int) {
 	// The whole blob comes or nothing: then let it fill all it can.
 	l.f.m.LazyFallbacks.WithLabelValues("no_range").Inc()
 	l.f.log.Warn("the registry does not serve ranges: the layer is read whole", "layer", l.Digest)
-	all := merge(left, l.claimRest())
+	all := merge(left, l.claimRest(false))
 	r = l.open(blob, 0, blob.Size())
 	left, err = l.read(r, all)
 	r.Close()
@@ -71,17 +71,18 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 			if _, err := io.Copy(io.Discard, body); err != nil {
 				return frames[i:], err
 			}
-			l.landed(n, nil, derr)
+			l.landed(n, r.spoilt, derr)
 			continue
 		}
 		buf := make([]byte, f.Length)
 		if _, err := io.ReadFull(r, buf); err != nil {
 			return frames[i:], err
 		}
+		spoilt := r.spoilt
 		l.f.cpu <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-l.f.cpu }()
-			l.landed(n, &f, decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File()))
+			l.landed(n, spoilt, decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File()))
 		})
 	}
 	return nil, nil
@@ -89,11 +90,12 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 
 // landed lands a frame that was read. One that does not verify is asked for once
 // more, from another origin where there is one: a proxy may have spoilt it.
-func (l *Layer) landed(n int, again *index.Frame, err error) {
+func (l *Layer) landed(n int, spoilt func(), err error) {
 	if errors.Is(err, ErrVerify) {
 		l.f.m.VerifyFailures.WithLabelValues("chunk").Inc()
-		if again != nil && l.ctx.Err() == nil {
-			err = l.again(n, *again)
+		if l.ctx.Err() == nil {
+			spoilt()
+			err = l.again(n)
 		}
 	}
 	if err == nil {
@@ -102,19 +104,18 @@ func (l *Layer) landed(n int, again *index.Frame, err error) {
 	l.land(n, err)
 }
 
-func (l *Layer) again(n int, f index.Frame) error {
+func (l *Layer) again(n int) error {
 	blob, err := l.blob()
 	if err != nil {
 		return err
 	}
-	blob.skip()
+	f := l.frames.Frame(n)
 	r := l.open(blob, f.Offset, f.Offset+f.Length)
 	defer r.Close()
-	buf := make([]byte, f.Length)
-	if _, err := io.ReadFull(r, buf); err != nil {
+	if err := decode(r, f.Kind, l.frames.FramePieces(n), l.data.File()); r.err == nil {
 		return err
 	}
-	return decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File())
+	return r.err
 }
 
 // open gives a reader of the blob that counts for this layer.
@@ -145,7 +146,7 @@ func (l *Layer) blob() (anyOf, error) {
 // checkPiece compares a piece in a data file with its digest.
 func checkPiece(f *os.File, p *index.Piece) error {
 	h := sha256.New()
-	if n, err := io.Copy(h, io.NewSectionReader(f, p.Data, p.Size)); err != nil || n != p.Size {
+	if n, err := io.CopyN(h, io.NewSectionReader(f, p.Data, p.Size), p.Size); err != nil {
 		return fmt.Errorf("%w: %d of %d bytes: %w", ErrVerify, n, p.Size, err)
 	}
 	if sum := sumOf(h); sum != p.Digest {

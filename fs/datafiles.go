@@ -102,6 +102,10 @@ func (d *DataFiles) ReadDir(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.DirEntr
 	return fuse.OK // names are for those who know them
 }
 
+func (d *DataFiles) ReadDirPlus(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return fuse.OK
+}
+
 func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadResult, st fuse.Status) {
 	defer d.ops.done(opRead, time.Now(), &st)
 	f, name := d.file(h.NodeId)

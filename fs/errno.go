@@ -5,8 +5,6 @@ package fs
 
 import (
 	"errors"
-	iofs "io/fs"
-	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -29,21 +27,16 @@ type Data interface {
 // of it, and why. It must not block.
 type Fault func(device int, off int64, err error)
 
-// status chooses the errno of an error. What it does not know is EIO, never
-// ENOSYS, which the kernel takes for "never ask again", and never EINTR, which a
-// reader of a regular file does not expect.
+// status chooses the errno of an error. What it does not know is EIO: never
+// ENOSYS, which the kernel takes for "never ask again", never EINTR, which a
+// reader of a regular file does not expect, and not the EACCES or ENOENT that
+// the network or the store met, which would say something untrue of the file.
 func status(err error) fuse.Status {
-	var errno syscall.Errno
 	switch {
 	case err == nil:
 		return fuse.OK
-	case errors.Is(err, index.ErrNotExist), errors.Is(err, iofs.ErrNotExist):
+	case errors.Is(err, index.ErrNotExist):
 		return fuse.ENOENT
-	case errors.As(err, &errno):
-		switch errno {
-		case syscall.ENOSPC, syscall.EACCES, syscall.EPERM, syscall.ENOMEM, syscall.EROFS, syscall.ENAMETOOLONG:
-			return fuse.Status(errno)
-		}
 	}
 	return fuse.EIO
 }

@@ -10,7 +10,10 @@ import (
 )
 
 // Kernel is a mount that the kernel's EROFS serves.
-type Kernel struct{ dir string }
+type Kernel struct {
+	dir  string
+	done chan struct{}
+}
 
 // MountKernel mounts an index at dir, its devices being the files at the given
 // paths. It is not attached anywhere before it is complete.
@@ -83,7 +86,7 @@ func MountKernel(dir, index string, devices []string, o Options) (*Kernel, error
 	if err := unix.MoveMount(mnt, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
 	}
-	return &Kernel{dir: dir}, nil
+	return &Kernel{dir: dir, done: make(chan struct{})}, nil
 }
 
 // explain adds what the kernel says beside the errno.
@@ -97,16 +100,19 @@ func explain(fd int, err error) error {
 
 // Unmount ends the mount, as [Served.Unmount] does.
 func (k *Kernel) Unmount(lazy bool) error {
-	if lazy {
+	err := already(unmount(k.dir, 0))
+	if err == nil {
+		close(k.done)
+	}
+	if lazy && errors.Is(err, ErrBusy) {
 		return detach(k.dir)
 	}
-	return unmount(k.dir, 0)
+	return err
 }
 
-// Done is closed from the start: nothing of ours serves the mount itself.
-func (k *Kernel) Done() <-chan struct{} { return closed }
-
-var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+// Done is closed when the kernel reads no more. It does not say when the last
+// has left a lazily unmounted tree, so that one is never done.
+func (k *Kernel) Done() <-chan struct{} { return k.done }
 
 // Detach takes whatever is mounted at dir out of sight: a mount whose daemon
 // died. It is no error if nothing is.

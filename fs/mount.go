@@ -124,13 +124,18 @@ var ErrBusy = errors.New("busy")
 // Unmount ends the mount. Where it is busy, lazy takes it out of sight at once
 // and serves those who are in it until they leave; else ErrBusy is the answer.
 func (s *Served) Unmount(lazy bool) error {
+	select {
+	case <-s.done: // umount(8) or fusermount3 was faster
+		return nil
+	default:
+	}
 	if lazy {
 		return detach(s.dir)
 	}
 	// go-fuse's own Unmount tries again for a while, which a busy mount does not
 	// deserve; a plain user needs fusermount3 for it.
 	if os.Geteuid() == 0 {
-		if err := unmount(s.dir, 0); err != nil {
+		if err := already(unmount(s.dir, 0)); err != nil {
 			return err
 		}
 	} else if err := s.server.Unmount(); err != nil {
@@ -142,6 +147,14 @@ func (s *Served) Unmount(lazy bool) error {
 		return fmt.Errorf("unmount %s: the kernel does not let go", s.dir)
 	}
 	return nil
+}
+
+// already takes it for done where nothing is mounted any more.
+func already(err error) error {
+	if errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
 }
 
 func unmount(dir string, flags int) error {

@@ -95,7 +95,7 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 	if n > 0 {
 		all := unsafe.Slice((*uint32)(unsafe.Pointer(&raw[presenceHeader])), 2*n)
 		d.present, d.doubted = all[:n:n], all[n:]
-		d.present[n-1] &= 1<<uint((frames-1)%32+1) - 1 // what is no frame's must not be counted
+		d.present[n-1] &= ^uint32(0) >> (32*n - frames) // a bit of no frame must not be counted
 	}
 	st, err := f.Stat()
 	if err != nil {
