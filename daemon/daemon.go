@@ -143,24 +143,22 @@ func (d *Daemon) fault(f readFault) {
 	}
 }
 
-// logFaults logs each failed read once, with the path it was for.
+// logFaults logs a file that cannot be read once, and once more when it still
+// cannot be after a minute: a reader asks for it in several places, and again.
 func (d *Daemon) logFaults(ctx context.Context) {
-	type key struct {
-		layer string
-		off   int64
-	}
-	seen := map[key]bool{}
+	type key struct{ layer, mount, path string }
+	seen := map[key]time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case f := <-d.faults:
-			if k := (key{f.layer, f.off}); !seen[k] {
+			mount, path := d.pathOf(f)
+			if k := (key{f.layer, mount, path}); time.Since(seen[k]) > time.Minute {
 				if len(seen) > 4096 {
 					clear(seen)
 				}
-				seen[k] = true
-				mount, path := d.pathOf(f)
+				seen[k] = time.Now()
 				d.log.Error("read failed", "op", "read", "path", path, "mount", mount, "layer", f.layer, "off", f.off, "err", f.err)
 			}
 		}

@@ -149,7 +149,6 @@ func (p *preparation) whole(g *store.Staging, reason, why string) error {
 	p.m.LazyFallbacks.WithLabelValues(reason).Inc()
 	if p.Progress != nil {
 		p.Progress("%.19s: reading all %s: %s", p.Digest, units.HumanSize(float64(p.Size)), why)
-		defer p.Progress("%.19s: done", p.Digest)
 	}
 	r := p.reader(0, p.Size)
 	defer r.Close()
@@ -166,6 +165,9 @@ func (p *preparation) whole(g *store.Staging, reason, why string) error {
 			p.m.VerifyFailures.WithLabelValues("layer").Inc()
 		}
 		return err
+	}
+	if p.Progress != nil {
+		p.Progress("%.19s: done", p.Digest)
 	}
 	return p.keep(g, l, About{Format: format, Why: why, DiffID: res.DiffID.String(), Size: p.Size}, p.fetched, true)
 }

@@ -182,7 +182,7 @@ func (b *bench) secondOf(ctx context.Context, w *wire, face string, n int, out *
 		if i == 1 {
 			w.reset()
 		}
-		first, m, err := s.timedMount(ctx, w, face)
+		first, _, err := s.timedMount(ctx, w, face)
 		if err != nil {
 			return err
 		}

@@ -31,7 +31,7 @@ func convert(h *tar.Header) (index.Entry, error) {
 		return e, fmt.Errorf("%.80q: %w", h.Name, err)
 	}
 	switch h.Typeflag {
-	case tar.TypeReg, tar.TypeRegA, tar.TypeCont, tar.TypeGNUSparse: //nolint:staticcheck // old tars have TypeRegA
+	case tar.TypeReg, typeRegA, tar.TypeCont, tar.TypeGNUSparse:
 		e.Mode |= unix.S_IFREG
 		e.Size = h.Size
 	case tar.TypeDir:
@@ -115,3 +115,6 @@ func isSparse(h *tar.Header) bool {
 	}
 	return false
 }
+
+// typeRegA is a regular file in tars older than POSIX.
+const typeRegA = 0
