@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -129,7 +130,7 @@ func unlocked(path string) bool {
 
 // readFault is a read that failed.
 type readFault struct {
-	layer string
+	layer string // its key
 	off   int64
 	err   error
 }
@@ -159,10 +160,15 @@ func (d *Daemon) logFaults(ctx context.Context) {
 					clear(seen)
 				}
 				seen[k] = time.Now()
-				d.log.Error("read failed", "op", "read", "path", path, "mount", mount, "layer", f.layer, "off", f.off, "err", f.err)
+				d.log.Error("read failed", "op", "read", "path", path, "mount", mount, "layer", digestOf(f.layer), "off", f.off, "err", f.err)
 			}
 		}
 	}
+}
+
+func digestOf(key string) string {
+	digest, _, _ := strings.Cut(key, "+")
+	return digest
 }
 
 // pathOf finds a file that lies where a read failed.
@@ -174,7 +180,7 @@ func (d *Daemon) pathOf(f readFault) (mount, path string) {
 			continue
 		}
 		for device, h := range m.tree.layers {
-			if h.Digest == f.layer {
+			if h.Key == f.layer {
 				if path, ok := m.tree.index.PathAt(device, f.off); ok {
 					return m.Name, path
 				}
@@ -186,7 +192,7 @@ func (d *Daemon) pathOf(f readFault) (mount, path string) {
 
 // treeFault gives fs.Fault for a tree whose devices are these layers.
 func (d *Daemon) treeFault(layers []*fetch.Handle) fs.Fault {
-	return func(device int, off int64, err error) { d.fault(readFault{layers[device].Digest, off, err}) }
+	return func(device int, off int64, err error) { d.fault(readFault{layers[device].Key, off, err}) }
 }
 
 // unmountAll takes the mounts down but keeps their records, for the next start.

@@ -102,11 +102,11 @@ func (f *faces) device(l *fetch.Handle) (string, error) {
 	if l.Whole() {
 		return l.Path(), nil
 	}
-	return f.serve(dataName(l.Digest), l.Layer)
+	return f.serve(dataName(l.Key), l.Layer)
 }
 
 // dataName is what a layer's data file is called.
-func dataName(digest string) string { return strings.Replace(digest, ":", "-", 1) }
+func dataName(key string) string { return strings.Replace(key, ":", "-", 1) }
 
 // serve makes a data file visible in the FUSE directory of data files, which is
 // mounted when it is first needed.

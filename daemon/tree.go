@@ -33,7 +33,7 @@ func (d *Daemon) indexPath(layers []*fetch.Handle) string {
 	h := sha256.New()
 	fmt.Fprintln(h, indexVersion)
 	for _, l := range layers {
-		fmt.Fprintln(h, l.Digest)
+		fmt.Fprintln(h, l.Key)
 	}
 	return filepath.Join(d.dirs.Cache, "index", fmt.Sprintf("%x.erofs", h.Sum(nil)))
 }

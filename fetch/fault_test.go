@@ -43,7 +43,6 @@ func TestFaults(t *testing.T) {
 		"404 that stays":    {always: status(404), want: ErrUnavailable, asked: []int64{0, 0}},
 		"416 that stays":    {always: status(416), want: ErrUnavailable, asked: []int64{0, 0}},
 		"reset, then 401":   {spoil: []*link.Fault{{Break: link.AbortBody, After: 1000}, status(401), status(503)}, asked: []int64{0, 1000, 1000, 1000}},
-		"204":               {always: status(204), want: ErrUnavailable, asked: []int64{0, 0}},
 		"503 that stays":    {always: status(503), patience: hasty, want: ErrUnavailable},
 		"503 for long":      {always: &link.Fault{Status: 503, Header: http.Header{"Retry-After": {"1000"}}}, patience: hasty, want: ErrUnavailable},
 		"reset at once":     {spoil: []*link.Fault{{Break: link.AbortBody}}, asked: []int64{0, 0}},

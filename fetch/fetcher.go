@@ -2,6 +2,7 @@ package fetch
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 
 	"golang.org/x/sync/singleflight"
@@ -18,6 +20,8 @@ import (
 
 	"github.com/varvefs/varve/fetch/store"
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/estargz"
+	"github.com/varvefs/varve/index/zstdchunked"
 	"github.com/varvefs/varve/metrics"
 )
 
@@ -79,6 +83,26 @@ type Request struct {
 	Blob     Blob // nil when the network may not be asked
 }
 
+// key names a layer in the store: its digest, and for a layer that is read by its
+// table of contents what that table's digest is. The table proves the contents
+// against an image's manifest, not against the blob's digest: who vouches for
+// another table, or for none, must not be given what this one says.
+func (q *Request) key() (string, error) {
+	if !strings.HasPrefix(q.Digest, "sha256:") {
+		return "", fmt.Errorf("%w: the digest algorithm of %s is not supported", index.ErrMalformed, q.Digest)
+	}
+	position, chunked, err := zstdchunked.FromAnnotations(q.Annotations)
+	if err != nil {
+		return "", err
+	}
+	toc, star := estargz.TOCDigest(q.Annotations)
+	if !chunked && !star {
+		return q.Digest, nil
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %s %d", position, toc, q.Size))
+	return fmt.Sprintf("%s+%x", q.Digest, sum[:16]), nil
+}
+
 // checkDiffID compares what a layer was found to be with what the config says.
 func (q *Request) checkDiffID(got string) error {
 	if q.DiffID == nil || got == "" {
@@ -94,8 +118,12 @@ func (q *Request) checkDiffID(got string) error {
 // Open gives a layer whose names and frames are known: from the store, by its
 // table of contents, or by reading it whole. The caller closes it.
 func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
+	key, err := q.key()
+	if err != nil {
+		return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
+	}
 	for {
-		h, err := f.acquire(q)
+		h, err := f.acquire(key, q)
 		if !errors.Is(err, store.ErrNotFound) {
 			return h, err
 		}
@@ -104,9 +132,9 @@ func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
 		}
 		// Who comes second waits for the first, whose context rules; if that one
 		// was canceled, the second goes on by itself.
-		_, err, shared := f.opening.Do(q.Digest, func() (any, error) { return nil, f.prepare(ctx, q) })
+		_, err, shared := f.opening.Do(key, func() (any, error) { return nil, f.prepare(ctx, key, q) })
 		if err == nil {
-			return f.acquire(q)
+			return f.acquire(key, q)
 		}
 		if !shared || ctx.Err() != nil || !errors.Is(err, context.Canceled) {
 			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
@@ -115,8 +143,8 @@ func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
 }
 
 // acquire gives a handle of an open layer, or opens what the store has of it.
-func (f *Fetcher) acquire(q Request) (*Handle, error) {
-	l, err := f.resident(q.Digest)
+func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
+	l, err := f.resident(key)
 	if err != nil {
 		return nil, err
 	}
@@ -134,18 +162,18 @@ func (f *Fetcher) acquire(q Request) (*Handle, error) {
 }
 
 // resident gives a layer that stays open until the Fetcher is closed.
-func (f *Fetcher) resident(digest string) (*Layer, error) {
+func (f *Fetcher) resident(key string) (*Layer, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
 		return nil, os.ErrClosed
 	}
-	if l := f.layers[digest]; l != nil {
+	if l := f.layers[key]; l != nil {
 		return l, nil
 	}
-	l, err := f.load(digest)
+	l, err := f.load(key)
 	if err == nil {
-		f.layers[digest] = l
+		f.layers[key] = l
 	}
 	return l, err
 }
@@ -187,9 +215,10 @@ func (f *Fetcher) Close() error {
 
 // load opens a layer of the store. One that is damaged counts as not found, so
 // that it is made again.
-func (f *Fetcher) load(digest string) (*Layer, error) {
-	l := &Layer{f: f, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
-	raw, err := f.store.Map(digest, framesDocument)
+func (f *Fetcher) load(key string) (*Layer, error) {
+	digest, _, _ := strings.Cut(key, "+")
+	l := &Layer{f: f, Key: key, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
+	raw, err := f.store.Map(key, framesDocument)
 	if err == nil {
 		l.tableMap = raw
 		if err = l.documents(raw); err != nil {
@@ -216,7 +245,7 @@ func (l *Layer) documents(raw []byte) (err error) {
 	}
 	// Verifying touched every page; what reads need comes back by itself.
 	unix.Madvise(raw, unix.MADV_DONTNEED)
-	about, err := l.f.store.Document(l.Digest, aboutDocument)
+	about, err := l.f.store.Document(l.Key, aboutDocument)
 	if err != nil {
 		return err
 	}
@@ -224,7 +253,7 @@ func (l *Layer) documents(raw []byte) (err error) {
 		return fmt.Errorf("%w: %s: %w", index.ErrMalformed, aboutDocument, err)
 	}
 	n, _, size := l.frames.Len()
-	if l.data, err = l.f.store.Open(l.Digest, size, n); err != nil {
+	if l.data, err = l.f.store.Open(l.Key, size, n); err != nil {
 		return err
 	}
 	return nil
@@ -233,7 +262,7 @@ func (l *Layer) documents(raw []byte) (err error) {
 // Entries reads the layer's names. They are not kept in memory. If they are
 // damaged, the next who opens the layer has it made again.
 func (l *Layer) Entries() ([]index.Entry, error) {
-	raw, err := l.f.store.Document(l.Digest, tocDocument)
+	raw, err := l.f.store.Document(l.Key, tocDocument)
 	var entries []index.Entry
 	if err == nil {
 		entries, err = index.ReadTOC(raw)
@@ -248,12 +277,12 @@ func (l *Layer) Entries() ([]index.Entry, error) {
 func (f *Fetcher) forget(l *Layer) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.layers[l.Digest] != l {
+	if f.layers[l.Key] != l {
 		return nil
 	}
-	delete(f.layers, l.Digest)
+	delete(f.layers, l.Key)
 	f.forgotten = append(f.forgotten, l)
-	return f.store.Remove(l.Digest)
+	return f.store.Remove(l.Key)
 }
 
 // copyLocal fills a piece from another layer of the store that has the same

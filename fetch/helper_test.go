@@ -259,14 +259,18 @@ func (m *machine) open(t testing.TB, l *layer, origins ...Origin) *Handle {
 }
 
 func (m *machine) path(l *layer, name string) string {
-	return filepath.Join(m.dir, "layers", strings.Replace(l.Digest, ":", "-", 1), name)
+	key, err := l.key()
+	if err != nil {
+		panic(err)
+	}
+	return filepath.Join(m.dir, "layers", strings.Replace(key, ":", "-", 1), name)
 }
 
 // restart makes the store believe that the machine has started since.
 func (m *machine) restart(t testing.TB, l *layer) {
 	t.Helper()
 	m.edit(t, l, "present", func(b []byte) []byte {
-		copy(b[24:], "00000000-0000-0000-0000-000000000000") // store's bootAt
+		copy(b[40:], "00000000-0000-0000-0000-000000000000") // store's bootAt
 		return b
 	})
 }

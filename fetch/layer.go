@@ -29,7 +29,8 @@ type About struct {
 // It is safe for concurrent use.
 type Layer struct {
 	f      *Fetcher
-	Digest string
+	Key    string // its name in the store: the digest, and what vouches for its names
+	Digest string // of the blob
 	About  About
 
 	frames   *index.Frames

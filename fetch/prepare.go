@@ -20,8 +20,8 @@ import (
 
 // prepare brings a layer that the store does not have: its table of contents
 // where it has one that its manifest vouches for, else the whole of it.
-func (f *Fetcher) prepare(ctx context.Context, q Request) error {
-	_, err := f.resident(q.Digest)
+func (f *Fetcher) prepare(ctx context.Context, key string, q Request) error {
+	_, err := f.resident(key)
 	if !errors.Is(err, store.ErrNotFound) {
 		return err // another was faster
 	}
@@ -29,10 +29,10 @@ func (f *Fetcher) prepare(ctx context.Context, q Request) error {
 		f.log.Warn("layer in the store is damaged and made again", "layer", q.Digest, "err", err)
 	}
 	// What is left of it would be in the way.
-	if err := f.store.Remove(q.Digest); err != nil {
+	if err := f.store.Remove(key); err != nil {
 		return err
 	}
-	p := preparation{Fetcher: f, Request: q, ctx: ctx}
+	p := preparation{Fetcher: f, Request: q, key: key, ctx: ctx}
 	return p.run()
 }
 
@@ -40,12 +40,13 @@ func (f *Fetcher) prepare(ctx context.Context, q Request) error {
 type preparation struct {
 	*Fetcher
 	Request
+	key     string
 	ctx     context.Context // of the one call that prepares
 	fetched int64
 }
 
 func (p *preparation) run() error {
-	g, err := p.store.Stage(p.Digest)
+	g, err := p.store.Stage(p.key)
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,9 @@ const BlockSize = 4096
 // far above what real images have.
 const (
 	MaxEntries   = 2 << 20    // names in one layer
+	MaxMeta      = 128 << 20  // bytes of names, link targets and extended attributes in one layer
+	MaxImplicit  = 1 << 18    // directories of an image that no layer lists
+	MaxDepth     = 1024       // directories in one another
 	MaxPath      = 4095       // bytes of a path, as the kernel's PATH_MAX
 	MaxName      = 255        // bytes of one component, as NAME_MAX
 	MaxLink      = 4095       // bytes of a symlink's target

@@ -63,6 +63,9 @@ func Clean(name string) (string, error) {
 	if len(c) > MaxPath {
 		return "", fmt.Errorf("%w: path of %d bytes (%q), the limit is %d", ErrMalformed, len(c), clip(c), MaxPath)
 	}
+	if depth := strings.Count(c, "/") + 1; depth > MaxDepth {
+		return "", fmt.Errorf("%w: path of %d names (%q), the limit is %d", ErrMalformed, depth, clip(c), MaxDepth)
+	}
 	for rest := c; rest != ""; {
 		var part string
 		part, rest, _ = strings.Cut(rest, "/")

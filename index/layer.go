@@ -34,6 +34,7 @@ type Builder struct {
 	files   []pendingFile
 	pieces  []Piece
 	frames  []Frame
+	meta    int64 // bytes of names, link targets and extended attributes
 	next    int64 // end of the data file so far, a multiple of BlockSize
 }
 
@@ -54,6 +55,13 @@ func (b *Builder) Add(e Entry) error {
 	}
 	if err := e.check(); err != nil {
 		return err
+	}
+	b.meta += int64(len(e.Name) + len(e.Link))
+	for _, x := range e.Xattrs {
+		b.meta += int64(len(x.Name) + len(x.Value))
+	}
+	if b.meta > MaxMeta {
+		return fmt.Errorf("%w: more than %d bytes of names and extended attributes in one layer", ErrMalformed, MaxMeta)
 	}
 	b.entries = append(b.entries, e)
 	return nil

@@ -17,16 +17,18 @@ const (
 
 // Tree is an image's layers merged: what a container of it would see.
 type Tree struct {
-	root  *node
-	nodes int
+	root    *node
+	nodes   int
+	implied int // directories made that no layer lists
 }
 
 // node is a name in the tree. Several nodes share an inode where they are hard
 // links of one another.
 type node struct {
 	name  string
-	layer int // the layer that named it last, for opaque directories
-	kids  map[string]*node
+	layer int              // the layer that named it last, for opaque directories
+	bare  int              // one more than the layer that made it opaque
+	kids  map[string]*node // nil where there are none
 	inode *inode
 }
 
@@ -52,7 +54,7 @@ var implicitDir = Entry{Mode: unix.S_IFDIR | 0o755}
 //
 // Merge keeps references to the entries. It is a pure function of them.
 func Merge(layers [][]Entry) (*Tree, error) {
-	t := &Tree{root: &node{layer: -1, kids: map[string]*node{}, inode: &inode{entry: &implicitDir}}}
+	t := &Tree{root: &node{layer: -1, inode: &inode{entry: &implicitDir}}}
 	for i, entries := range layers {
 		m := merger{Tree: t, layer: i}
 		if err := m.apply(entries); err != nil {
@@ -67,6 +69,7 @@ type merger struct {
 	*Tree
 	layer    int
 	deferred []*Entry // hard links whose target has not been seen yet
+	rounds   int      // of linking them
 }
 
 func (m *merger) apply(entries []Entry) error {
@@ -95,23 +98,32 @@ func (m *merger) add(e *Entry) error {
 		return nil
 	}
 	if e.HardLink {
-		if target := m.lookup(e.Link); target != nil {
+		target, err := m.lookup(e.Link)
+		if err == nil && target != nil {
 			return m.link(e, target)
 		}
 		m.deferred = append(m.deferred, e)
-		return nil
+		return err
 	}
-	parent := m.mkdirs(dir)
+	parent, err := m.mkdirs(dir)
+	if err != nil {
+		return err
+	}
 	n := &node{name: base, layer: m.layer, inode: &inode{entry: e, layer: m.layer}}
-	if e.Type() == unix.S_IFDIR {
-		n.kids = map[string]*node{}
-		// Only a directory over a directory is merged: all else replaces.
-		if old := parent.kids[base]; old != nil && old.isDir() {
-			n.kids = old.kids
-		}
+	// Only a directory over a directory is merged: all else replaces.
+	if old := parent.kids[base]; old != nil && old.isDir() && n.isDir() {
+		n.kids, n.bare = old.kids, old.bare
 	}
-	parent.kids[base] = n
+	parent.put(n)
 	return nil
+}
+
+// put gives a directory a name, in the place of what had it.
+func (n *node) put(kid *node) {
+	if n.kids == nil {
+		n.kids = map[string]*node{}
+	}
+	n.kids[kid.name] = kid
 }
 
 // whiteout removes what is there now. As in containerd's unpacking into a plain
@@ -120,14 +132,23 @@ func (m *merger) add(e *Entry) error {
 func (m *merger) whiteout(dir, base string) error {
 	switch {
 	case base == whiteoutOpaque:
-		hideLower(m.mkdirs(dir), m.layer)
+		n, err := m.mkdirs(dir)
+		if err == nil && n.bare != m.layer+1 {
+			n.bare = m.layer + 1
+			hideLower(n, m.layer)
+		}
+		return err
 	case strings.HasPrefix(base, whiteoutMeta):
 	default:
 		name := base[len(whiteout):]
 		if name == "" || name == "." || name == ".." {
 			return fmt.Errorf("%w: whiteout of no name", ErrMalformed)
 		}
-		delete(m.mkdirs(dir).kids, name)
+		n, err := m.mkdirs(dir)
+		if err == nil {
+			delete(n.kids, name)
+		}
+		return err
 	}
 	return nil
 }
@@ -148,30 +169,56 @@ func (m *merger) link(e *Entry, target *node) error {
 		return fmt.Errorf("%w: hard link to the directory %q", ErrMalformed, clip(e.Link))
 	}
 	dir, base := splitPath(e.Name)
-	parent := m.mkdirs(dir)
-	parent.kids[base] = &node{name: base, layer: m.layer, inode: target.inode}
-	return nil
+	parent, err := m.mkdirs(dir)
+	if err == nil {
+		parent.put(&node{name: base, layer: m.layer, inode: target.inode})
+	}
+	return err
 }
 
-// linkDeferred links what named a later entry. Each round must resolve some
-// link; what is left then goes round in a circle or to nowhere.
+// linkDeferred links what named a later entry: first what waits for a name that
+// is there, then what waited for that link's own name, and so on. What is left
+// when a whole round has linked nothing goes round in a circle or to nowhere.
 func (m *merger) linkDeferred() error {
-	for len(m.deferred) > 0 {
-		var left []*Entry
-		for _, e := range m.deferred {
-			target := m.lookup(e.Link)
-			if target == nil {
-				left = append(left, e)
-				continue
+	for left := m.deferred; len(left) > 0; {
+		waiting := map[string][]*Entry{} // by the name they link to
+		var ready []*Entry
+		for _, e := range left {
+			target, err := m.lookup(e.Link)
+			if err != nil {
+				return fmt.Errorf("%q: %w", clip(e.Name), err)
 			}
-			if err := m.link(e, target); err != nil {
+			if target != nil {
+				ready = append(ready, e)
+			} else {
+				waiting[e.Link] = append(waiting[e.Link], e)
+			}
+		}
+		if len(ready) == 0 {
+			return fmt.Errorf("%w: hard link %q to %q, which the image does not have", ErrMalformed, clip(left[0].Name), clip(left[0].Link))
+		}
+		for len(ready) > 0 {
+			e := ready[0]
+			ready = append(ready[1:], waiting[e.Name]...)
+			delete(waiting, e.Name)
+			target, err := m.lookup(e.Link)
+			if err == nil {
+				err = m.link(e, target)
+			}
+			if err != nil {
 				return fmt.Errorf("%q: %w", clip(e.Name), err)
 			}
 		}
-		if len(left) == len(m.deferred) {
-			return fmt.Errorf("%w: hard link %q to %q, which the image does not have", ErrMalformed, clip(left[0].Name), clip(left[0].Link))
+		// Names that lead through symlinks are not met by their letters: they take
+		// another round.
+		left = left[:0]
+		for _, es := range waiting {
+			left = append(left, es...)
 		}
-		m.deferred = left
+		slices.SortFunc(left, func(a, b *Entry) int { return strings.Compare(a.Name, b.Name) })
+		if m.rounds++; m.rounds > maxFollow {
+			return fmt.Errorf("%w: hard link %q to %q: too many symlinks on the way", ErrMalformed, clip(left[0].Name), clip(left[0].Link))
+		}
 	}
 	return nil
 }
@@ -180,23 +227,26 @@ func (m *merger) linkDeferred() error {
 // is followed where this layer brought it, and replaced by a directory where a
 // lower one did: an upper directory over a lower symlink is what containerd
 // leaves for overlayfs to show.
-func (m *merger) mkdirs(dir string) *node {
+func (m *merger) mkdirs(dir string) (*node, error) {
 	return m.walk(dir, true)
 }
 
 // lookup finds what a path names, nil if nothing. Its last component is not
 // followed, and lower layers' symlinks are not either.
-func (m *merger) lookup(name string) *node {
+func (m *merger) lookup(name string) (*node, error) {
 	dir, base := splitPath(name)
-	parent := m.walk(dir, false)
-	if parent == nil || base == "" {
-		return parent
+	parent, err := m.walk(dir, false)
+	if err != nil || parent == nil || base == "" {
+		return parent, err
 	}
-	return parent.kids[base]
+	return parent.kids[base], nil
 }
 
-func (m *merger) walk(dir string, create bool) *node {
-	const maxFollow = 40 // as the kernel's MAXSYMLINKS
+// maxFollow is how many symlinks a path may lead through: the kernel's
+// MAXSYMLINKS.
+const maxFollow = 40
+
+func (m *merger) walk(dir string, create bool) (*node, error) {
 	follow := maxFollow
 	at := []*node{m.root} // the path walked so far, for ".." in symlinks
 	for rest := dir; rest != ""; {
@@ -222,17 +272,36 @@ func (m *merger) walk(dir string, create bool) *node {
 		}
 		if kid == nil || !kid.isDir() {
 			if !create {
-				return nil
+				return nil, nil
 			}
-			kid = &node{name: part, kids: map[string]*node{}, inode: &inode{entry: &implicitDir, layer: m.layer}}
-			cur.kids[part] = kid
+			var err error
+			if kid, err = m.implicit(part, len(at)); err != nil {
+				return nil, err
+			}
+			cur.put(kid)
 		}
 		if create {
 			kid.layer = m.layer
 		}
 		at = append(at, kid)
 	}
-	return at[len(at)-1]
+	return at[len(at)-1], nil
+}
+
+// implicit makes a directory that no layer lists. Its name may come from a
+// symlink's target, which nobody has held against the limits of names yet, and
+// a short entry may ask for thousands of them.
+func (m *merger) implicit(name string, depth int) (*node, error) {
+	m.implied++
+	switch {
+	case len(name) > MaxName:
+		return nil, fmt.Errorf("%w: name of %d bytes (%q), the limit is %d", ErrMalformed, len(name), clip(name), MaxName)
+	case depth > MaxDepth:
+		return nil, fmt.Errorf("%w: more than %d directories in one another", ErrMalformed, MaxDepth)
+	case m.implied > MaxImplicit:
+		return nil, fmt.Errorf("%w: more than %d directories that no layer lists", ErrMalformed, MaxImplicit)
+	}
+	return &node{name: name, inode: &inode{entry: &implicitDir, layer: m.layer}}, nil
 }
 
 // count sets the link counts: of a directory as every Unix filesystem does, two

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"math/bits"
@@ -23,23 +24,39 @@ const (
 
 // The presence file: a header, then two bitmaps of one bit a frame, in 32-bit
 // words of the machine. A frame is present when its bytes were verified and
-// written since the machine started. It is doubted when that was before: the
-// bytes may not have reached the disk, so they are verified once more.
+// written since the machine started, and nobody but a daemon that ended in order
+// has touched the files since. Else it is doubted: it is verified once more.
+//
+// The header's stamp and sum are those of the data file and the bitmaps when they
+// were last closed. A daemon that was killed leaves them behind the times, and so
+// does whoever changes the files by hand.
 const (
-	presenceMagic  = "varvepr1"
-	presenceHeader = 64 // magic 8, frames 8, bytes fetched 8, boot id 36
+	presenceMagic  = "varvepr2"
+	presenceHeader = 80 // magic 8, frames 8, bytes fetched 8, stamp 8, sum 8, boot id 36
 	fetchedAt      = 16
-	bootAt         = 24
+	stampAt        = 24
+	sumAt          = 32
+	bootAt         = 40
 	bootLen        = 36
 )
 
+// stampOf tells whether a file was changed: by its size and, which nobody sets
+// by hand, the time of its inode's last change.
+func stampOf(info fs.FileInfo) uint64 {
+	st := info.Sys().(*syscall.Stat_t)
+	return uint64(st.Ctim.Nano()) ^ uint64(st.Size)<<1
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
 func words(frames int) int { return (frames + 31) / 32 }
 
-func writePresence(w io.Writer, boot string, frames int, fetched int64, present bool) error {
+func writePresence(w io.Writer, boot string, stamp uint64, frames int, fetched int64, present bool) error {
 	b := make([]byte, presenceHeader+8*words(frames))
 	copy(b, presenceMagic)
 	binary.NativeEndian.PutUint64(b[8:], uint64(frames))
 	binary.NativeEndian.PutUint64(b[fetchedAt:], uint64(fetched))
+	binary.NativeEndian.PutUint64(b[stampAt:], stamp)
 	copy(b[bootAt:bootAt+bootLen], boot)
 	if present {
 		for i := range frames {
@@ -47,8 +64,13 @@ func writePresence(w io.Writer, boot string, frames int, fetched int64, present 
 			binary.NativeEndian.PutUint32(b[at:], binary.NativeEndian.Uint32(b[at:])|1<<(i%32))
 		}
 	}
+	binary.NativeEndian.PutUint64(b[sumAt:], sumOf(b))
 	_, err := w.Write(b)
 	return err
+}
+
+func sumOf(presence []byte) uint64 {
+	return uint64(crc32.Checksum(presence[presenceHeader:], castagnoli))
 }
 
 // Data is an open data file with the presence of its frames. Its methods are
@@ -69,10 +91,7 @@ type Data struct {
 // one for it. A data file that was cut counts as empty.
 func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err error) {
 	path := filepath.Join(s.layerDir(digest), dataName)
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("layer %s: %w", digest, ErrNotFound)
-	}
+	f, err := s.open(digest, dataName, os.O_RDWR)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +100,7 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 			f.Close()
 		}
 	}()
-	raw, err := mapPresence(filepath.Join(s.layerDir(digest), presenceName), frames)
+	raw, err := s.mapPresence(digest, frames)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", digest, err)
 	}
@@ -91,7 +110,7 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 		}
 	}()
 	d := &Data{file: f, fd: int(f.Fd()), path: path, raw: raw, frames: frames}
-	n := words(frames)
+	n, sum := words(frames), sumOf(raw)
 	if n > 0 {
 		all := unsafe.Slice((*uint32)(unsafe.Pointer(&raw[presenceHeader])), 2*n)
 		d.present, d.doubted = all[:n:n], all[n:]
@@ -108,7 +127,13 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 		if err = f.Truncate(dataSize); err != nil {
 			return nil, fmt.Errorf("layer %s: %w", digest, err)
 		}
-	case boot != s.boot:
+	case binary.NativeEndian.Uint64(raw[sumAt:]) != sum:
+		// Which bits are right nobody knows: what is not there will not verify.
+		clear(d.present)
+		for i := range frames {
+			d.doubted[i/32] |= 1 << (i % 32)
+		}
+	case boot != s.boot, binary.NativeEndian.Uint64(raw[stampAt:]) != stampOf(st):
 		for i := range d.present {
 			d.doubted[i] |= d.present[i]
 			d.present[i] = 0
@@ -122,9 +147,9 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 	return d, nil
 }
 
-func mapPresence(path string, frames int) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+func (s *Store) mapPresence(digest string, frames int) ([]byte, error) {
+	f, err := s.open(digest, presenceName, os.O_RDWR)
+	if errors.Is(err, ErrNotFound) {
 		return nil, fmt.Errorf("%w: no presence file", ErrDamaged)
 	}
 	if err != nil {
@@ -150,8 +175,15 @@ func mapPresence(path string, frames int) ([]byte, error) {
 	return raw, nil
 }
 
-// Close closes the files. Nothing may use d any more.
-func (d *Data) Close() error { return errors.Join(unix.Munmap(d.raw), d.file.Close()) }
+// Close closes the files, as they are to be trusted when they are opened again.
+// Nothing may use d any more.
+func (d *Data) Close() error {
+	if st, err := d.file.Stat(); err == nil {
+		binary.NativeEndian.PutUint64(d.raw[stampAt:], stampOf(st))
+		binary.NativeEndian.PutUint64(d.raw[sumAt:], sumOf(d.raw))
+	}
+	return errors.Join(unix.Munmap(d.raw), d.file.Close())
+}
 
 // File gives the data file; it belongs to d.
 func (d *Data) File() *os.File { return d.file }

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -71,21 +72,46 @@ func (s *Store) Digests() ([]string, error) {
 	return ds, nil
 }
 
-// Document gives a document of a layer, or ErrNotFound.
-func (s *Store) Document(digest, name string) ([]byte, error) {
-	b, err := os.ReadFile(filepath.Join(s.layerDir(digest), name))
+// open opens a file of a layer, or answers ErrNotFound where there is none and
+// ErrDamaged where it is no file of ours: the daemon writes as root, and must not
+// follow a link that somebody put there, nor wait for a FIFO.
+func (s *Store) open(digest, name string, flag int) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(s.layerDir(digest), name), flag|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("layer %s: %s: %w", digest, name, ErrNotFound)
 	}
-	return b, err
+	for _, odd := range []error{unix.ELOOP, unix.EISDIR, unix.ENXIO, unix.ENOTDIR} {
+		if errors.Is(err, odd) {
+			return nil, fmt.Errorf("layer %s: %w: %w", digest, ErrDamaged, err)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && (!st.Mode().IsRegular() || st.Sys().(*syscall.Stat_t).Nlink > 1) {
+		err = fmt.Errorf("layer %s: %w: %s is not a file of its own", digest, ErrDamaged, name)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// Document gives a document of a layer, or ErrNotFound.
+func (s *Store) Document(digest, name string) ([]byte, error) {
+	f, err := s.open(digest, name, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
 }
 
 // Map gives a document mapped into memory. The caller unmaps it.
 func (s *Store) Map(digest, name string) ([]byte, error) {
-	f, err := os.Open(filepath.Join(s.layerDir(digest), name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("layer %s: %s: %w", digest, name, ErrNotFound)
-	}
+	f, err := s.open(digest, name, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
@@ -161,8 +187,12 @@ func (g *Staging) commit(dataSize int64, frames int, fetched int64, present bool
 	if err := g.data.Truncate(dataSize); err != nil {
 		return err
 	}
+	st, err := g.data.Stat()
+	if err != nil {
+		return err
+	}
 	if err := writeFile(filepath.Join(g.dir, presenceName), func(w io.Writer) error {
-		return writePresence(w, g.s.boot, frames, fetched, present)
+		return writePresence(w, g.s.boot, stampOf(st), frames, fetched, present)
 	}); err != nil {
 		return err
 	}

@@ -406,3 +406,79 @@ func TestPunch(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+func TestChangedByHand(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, dir string){
+		"data": func(t *testing.T, dir string) {
+			f, err := os.OpenFile(filepath.Join(dir, dataName), os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt([]byte("x"), 5); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"presence": func(t *testing.T, dir string) {
+			path := filepath.Join(dir, presenceName)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b[presenceHeader] ^= 2 // frame 1, which is not there
+			if err := os.WriteFile(path, b, 0); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			commit(t, s, "", 4096, 3, false)
+			d := data(t, s, 4096, 3)
+			d.SetPresent(0)
+			closeData(t, d)
+			d = data(t, s, 4096, 3)
+			if !d.Present(0) || d.Missing() != 2 {
+				t.Error("what was closed in order is not trusted")
+			}
+			closeData(t, d)
+			ds, err := s.Digests()
+			if err != nil || len(ds) != 1 {
+				t.Fatal(ds, err)
+			}
+			change(t, s.layerDir(ds[0]))
+			d = data(t, s, 4096, 3)
+			if d.Present(0) || !d.Doubted(0) || d.Present(1) {
+				t.Error("files that were changed are trusted")
+			}
+			closeData(t, d)
+		})
+	}
+}
+
+func TestFollowsNoLink(t *testing.T) {
+	for _, name := range []string{dataName, presenceName} {
+		dir := t.TempDir()
+		s := open(t, dir)
+		commit(t, s, "", 4096, 1, true)
+		ds, _ := s.Digests()
+		victim := filepath.Join(dir, "victim")
+		if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(s.layerDir(ds[0]), name)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(victim, path); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Open(ds[0], 4096, 1); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s is a link: %v", name, err)
+		}
+		if b, _ := os.ReadFile(victim); string(b) != "precious" {
+			t.Errorf("%s: the file it led to holds %q", name, b)
+		}
+	}
+}
