@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"os"
 	"time"
 
 	"github.com/varvefs/varve/fetch"
@@ -55,7 +54,7 @@ func wire(err error) *Error {
 		{image.ErrNotFound, ExitNotFound}, {image.ErrNoPlatform, ExitNotFound}, {errNoMount, ExitNotFound}, {index.ErrNotExist, ExitNotFound},
 		{image.ErrUnreachable, ExitUnreachable}, {fetch.ErrUnavailable, ExitUnreachable}, {fetch.ErrOffline, ExitUnreachable},
 		{fs.ErrBusy, ExitBusy},
-		{context.Canceled, 130}, {os.ErrExist, ExitBusy},
+		{context.Canceled, 130},
 	} {
 		if errors.Is(err, c.is) {
 			e.Exit = c.exit

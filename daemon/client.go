@@ -126,17 +126,20 @@ func (c *Client) start(ctx context.Context) error {
 
 // environ hands the directories on to a daemon, whatever flags chose them.
 func (d *Dirs) environ() []string {
-	return []string{"VARVE_DIRS=" + strings.Join([]string{d.Config, d.State, d.Cache, d.Run, d.Socket}, "\n")}
+	b, err := json.Marshal(d)
+	if err != nil {
+		panic(err) // strings always can be
+	}
+	return []string{dirsVariable + "=" + string(b)}
 }
+
+const dirsVariable = "VARVE_DIRS"
 
 // InheritedDirs gives the directories that the client which started this process
 // handed on.
 func InheritedDirs() (d Dirs, ok bool) {
-	f := strings.Split(os.Getenv("VARVE_DIRS"), "\n")
-	if len(f) != 5 {
-		return d, false
-	}
-	return Dirs{Config: f[0], State: f[1], Cache: f[2], Run: f[3], Socket: f[4]}, true
+	err := json.Unmarshal([]byte(os.Getenv(dirsVariable)), &d)
+	return d, err == nil && d.State != ""
 }
 
 func lastLine(path string, from int64) string {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/fetch"
@@ -40,6 +41,8 @@ type Daemon struct {
 
 	mu     sync.Mutex // guards what follows
 	mounts map[string]*mount
+
+	indexing singleflight.Group
 
 	indexMu sync.Mutex // guards what follows
 	indexes map[string]*sharedIndex

@@ -75,6 +75,9 @@ func (d *Daemon) reserve(m *mount) error {
 		return fmt.Errorf("%w%w", err, silent{errUsage})
 	}
 	m.Image = name.String()
+	if real, err := filepath.EvalSymlinks(m.Dir); err == nil && m.Dir != "" {
+		m.Dir = real // a mount lies on a directory, not on a link to one
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if m.Name == "" {
@@ -275,6 +278,14 @@ func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 func (d *Daemon) find(s string) (*mount, error) {
 	var byID []*mount
 	dir := filepath.Clean(s)
+	if filepath.IsAbs(dir) {
+		if parent, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil { // dir itself may be a dead mount
+			dir = filepath.Join(parent, filepath.Base(dir))
+		}
+		if real, err := os.Readlink(dir); err == nil && filepath.IsAbs(real) {
+			dir = filepath.Clean(real)
+		}
+	}
 	for _, m := range d.mounts {
 		if m.Name == s || m.Dir == dir {
 			return m, nil

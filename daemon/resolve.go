@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/varvefs/varve/fetch"
@@ -65,7 +66,10 @@ func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err
 	if t.manifest, config, err = d.manifest(ctx, src, name, o, n); err != nil {
 		return nil, err
 	}
-	return t, d.openLayers(ctx, t, config, o, n)
+	if err := d.openLayers(ctx, t, config, o, n); err != nil {
+		return nil, fmt.Errorf("%s: %w", name.Familiar(), err)
+	}
+	return t, nil
 }
 
 // source gives where the image comes from, nil when it may not be asked.
@@ -92,7 +96,19 @@ func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name
 		if err != nil {
 			return nil, nil, err
 		}
-		return d.images.Get(id, o.Platform)
+		m, config, err := d.images.Get(id, o.Platform)
+		if err == nil || name.IsLocal() {
+			return m, config, err
+		}
+		// Damaged, or gone with the state: the registry may still have it.
+		pinned := name.WithDigest(digest.Digest(o.target))
+		if src, err := d.source(pinned, o); src != nil && err == nil {
+			defer src.Close()
+			if m, rerr := src.Resolve(ctx, o.Platform); rerr == nil {
+				return m, nil, nil
+			}
+		}
+		return nil, nil, err
 	}
 	local, config, lerr := d.images.Get(name, o.Platform)
 	fresh := o.Pull == "always" || name.IsLocal() && o.Pull != "never"

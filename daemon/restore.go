@@ -47,6 +47,7 @@ func (m *mount) save() error {
 // the registry after all: then the daemon does not wait for them.
 func (d *Daemon) restore(ctx context.Context) {
 	paths, _ := filepath.Glob(filepath.Join(d.dirs.State, "mounts", "*.json"))
+	d.sweep()
 	var wg sync.WaitGroup
 	defer func() {
 		done := make(chan struct{})
@@ -79,6 +80,16 @@ func (d *Daemon) restore(ctx context.Context) {
 			}
 			d.m.Restores.WithLabelValues(outcome).Inc()
 		})
+	}
+}
+
+// sweep removes the directories of mounts that a daemon was killed over before
+// it had recorded them. One with anything in it, or mounted on it, stays; those
+// of mounts that come back are made again.
+func (d *Daemon) sweep() {
+	dirs, _ := filepath.Glob(filepath.Join(d.dirs.Mounts(), "*"))
+	for _, dir := range dirs {
+		os.Remove(dir)
 	}
 }
 

@@ -24,7 +24,9 @@ import (
 // serve answers on the socket, and Prometheus on a loopback port if asked, until
 // ctx ends.
 func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) error {
-	os.Remove(d.dirs.Socket) // of a daemon that died: the lock says there is none
+	if err := removeDeadSocket(d.dirs.Socket); err != nil {
+		return err
+	}
 	l, err := net.Listen("unix", d.dirs.Socket)
 	if err != nil {
 		return fmt.Errorf("listen: %w", err)
@@ -57,6 +59,24 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 	defer cancel()
 	srv.Shutdown(shut)
 	return err
+}
+
+// removeDeadSocket makes room for ours where a daemon died. The path may have
+// come from the environment: what is no socket, or one that answers, is not ours
+// to remove.
+func removeDeadSocket(path string) error {
+	st, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case st.Mode()&os.ModeSocket == 0:
+		return fmt.Errorf("%s is not a socket: choose another path for the daemon's", path)
+	case answers(path):
+		return fmt.Errorf("%s is the socket of something else that runs: choose another path for the daemon's", path)
+	}
+	return os.Remove(path)
 }
 
 func (d *Daemon) serveMetrics(addr string, failed chan<- error) (*http.Server, error) {

@@ -39,27 +39,45 @@ func (d *Daemon) indexPath(layers []*fetch.Handle) string {
 }
 
 // sharedIndex opens the merged index of layers, building it where it is missing
-// or damaged. The caller releases it.
+// or damaged. The caller releases it. Who builds one holds up only those who want
+// the same.
 func (d *Daemon) sharedIndex(layers []*fetch.Handle) (*sharedIndex, error) {
 	path := d.indexPath(layers)
-	d.indexMu.Lock()
-	defer d.indexMu.Unlock()
-	if s := d.indexes[path]; s != nil {
-		s.refs++
-		return s, nil
+	for {
+		d.indexMu.Lock()
+		if s := d.indexes[path]; s != nil {
+			s.refs++
+			d.indexMu.Unlock()
+			return s, nil
+		}
+		d.indexMu.Unlock()
+		_, err, _ := d.indexing.Do(path, func() (any, error) {
+			im, err := openIndex(path, layers)
+			if err != nil {
+				return nil, fmt.Errorf("index: %w", err)
+			}
+			d.indexMu.Lock()
+			defer d.indexMu.Unlock()
+			if d.indexes[path] != nil {
+				return nil, im.Close() // another was faster
+			}
+			d.indexes[path] = &sharedIndex{Image: im, d: d, path: path}
+			return nil, nil
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
+}
+
+func openIndex(path string, layers []*fetch.Handle) (*index.Image, error) {
 	im, err := index.Open(path)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, index.ErrMalformed) {
 		if err = buildIndex(path, layers); err == nil {
 			im, err = index.Open(path)
 		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("index: %w", err)
-	}
-	s := &sharedIndex{Image: im, d: d, path: path, refs: 1}
-	d.indexes[path] = s
-	return s, nil
+	return im, err
 }
 
 func (s *sharedIndex) release() {
@@ -112,5 +130,8 @@ func buildIndex(path string, layers []*fetch.Handle) (err error) {
 	// mounts for weeks gives that memory back now, not at some later collection.
 	entries, t = nil, nil
 	debug.FreeOSMemory()
+	if st, err := os.Lstat(path); err == nil && st.IsDir() {
+		os.RemoveAll(path) // somebody's doing: a file cannot take its place
+	}
 	return os.Rename(f.Name(), path)
 }

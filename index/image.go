@@ -28,7 +28,11 @@ type Image struct {
 
 // Open maps the image at path. Close it when nothing reads from it any more.
 func Open(path string) (*Image, error) {
-	f, err := os.Open(path)
+	// Whatever lies there: not through a link, and not waiting for a FIFO.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -37,7 +41,7 @@ func Open(path string) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	if st.Size() < BlockSize || st.Size() > 1<<40 {
+	if !st.Mode().IsRegular() || st.Size() < BlockSize || st.Size() > 1<<40 {
 		return nil, fmt.Errorf("%w: %s: %d bytes", ErrMalformed, path, st.Size())
 	}
 	b, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_SHARED)

@@ -209,6 +209,29 @@ func TestMerge(t *testing.T) {
 	}
 }
 
+// implied gives n files, each in depth directories of its own.
+func implied(n, depth int) (es []Entry) {
+	for i := range n {
+		es = append(es, file(fmt.Sprintf("%d/%sf", i, strings.Repeat("d/", depth-1))))
+	}
+	return es
+}
+
+// What grows with the square of a layer's entries keeps every other mount
+// waiting. These took half a minute.
+func TestMergeInLinearTime(t *testing.T) {
+	var chain, opaque []Entry
+	const n = 30_000
+	for i := range n {
+		chain = append(chain, hard(fmt.Sprint(n-i), fmt.Sprint(n-i-1)))
+		opaque = append(opaque, file(fmt.Sprintf("d/%d", i)), file("d/.wh..wh..opq"))
+	}
+	tree, err := Merge([][]Entry{append(chain, file("0")), opaque})
+	if err != nil || tree.nodes != 2*n+3 {
+		t.Fatal(tree, err)
+	}
+}
+
 func TestMergeRefuses(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -222,6 +245,9 @@ func TestMergeRefuses(t *testing.T) {
 		{"hard link to a whiteout", [][]Entry{{file("x")}, {file(".wh.x"), hard("a", "x")}}, "does not have"},
 		{"whiteout of the root", [][]Entry{{file(".wh.")}}, "whiteout"},
 		{"whiteout of dots", [][]Entry{{file("a/.wh...")}}, "whiteout"},
+		{"a symlink's long name as a parent", [][]Entry{{link("s", strings.Repeat("n", 300)), file("s/f")}}, "300 bytes"},
+		{"symlinks that lead too deep", [][]Entry{{link("s", strings.Repeat("d/", 600)+"t"), link(strings.Repeat("d/", 600)+"t", strings.Repeat("e/", 600)), file("s/f")}}, "in one another"},
+		{"too many implied directories", [][]Entry{implied(300, 1000)}, "no layer lists"},
 		{"a root that is a file", [][]Entry{{file("")}}, "root"},
 	}
 	for _, tt := range tests {
