@@ -72,6 +72,9 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	if d.images, err = image.OpenStore(filepath.Join(c.Dirs.State, "images")); err != nil {
 		return err
 	}
+	if err := d.images.Recovered(); err != nil {
+		d.log.Error("image store", "err", err)
+	}
 	d.registries = image.NewRegistries(d.log, nil)
 	defer d.registries.Close()
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience})

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -80,7 +81,7 @@ func clip(s string) string {
 // denied says in docker's words that the registry wants other credentials.
 func denied(n Name, host, text string, cause error) error {
 	return failf(ErrUnauthorized, cause,
-		"pull access denied for %s, repository does not exist or may require 'varve login %s': %s", n.Familiar(), host, text)
+		"pull access denied for %s, repository does not exist or may require 'docker login %s': %s", n.Familiar(), host, text)
 }
 
 // classify gives an error of talking to host about n its kind and its words.
@@ -132,8 +133,16 @@ func answerText(answer *transport.Error) string {
 	return strings.Join(parts, "; ")
 }
 
+// queries are what may hold a signature, also that of a Location that net/http
+// could not read and quotes in its error.
+var queries = regexp.MustCompile(`\?[^\s"]*`)
+
 // networkText names the usual reasons for having no answer, with what helps.
 func networkText(host string, err error) string {
+	return queries.ReplaceAllString(reasonText(host, err), "?...")
+}
+
+func reasonText(host string, err error) string {
 	// The URL of a redirect may be signed: only the cause is shown.
 	for u := (*url.Error)(nil); errors.As(err, &u); {
 		err = u.Err

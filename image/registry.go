@@ -173,7 +173,7 @@ func (g *registry) ask(ctx context.Context, s *session, kind, id, accept string,
 		return nil, "", 0, err
 	}
 	defer resp.Body.Close()
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if err := checkAnswer(resp); err != nil {
 		return nil, "", retryAfter(resp.Header), err
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, most+1))
@@ -227,4 +227,18 @@ func (h hubAlias) RoundTrip(req *http.Request) (*http.Response, error) {
 		req.URL.Scheme = h.host.schemes[0]
 	}
 	return h.session.RoundTrip(req)
+}
+
+// checkAnswer gives the error of an answer that is not 200. The library refuses
+// to read long ones, and the status is lost with them: they are cut before it.
+func checkAnswer(resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	const most = 32 << 10
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(resp.Body, most), resp.Body}
+	return transport.CheckError(resp, http.StatusOK)
 }

@@ -28,6 +28,8 @@ const (
 // Blobs are written before the names that need them, each whole or not at all,
 // and checked by digest when they are read.
 type Store struct {
+	recovered error // what was damaged when it was opened
+
 	dir string
 	mu  sync.Mutex // guards index.json and the set of blobs
 }
@@ -53,10 +55,30 @@ func OpenStore(dir string) (*Store, error) {
 		}
 	}
 	if _, err := s.read(); err != nil {
-		return nil, err
+		if rerr := s.moveAside(err); rerr != nil {
+			return nil, errors.Join(err, rerr)
+		}
 	}
 	return s, nil
 }
+
+// moveAside takes a list of names that cannot be read out of the way: the images
+// stay, and what was mounted can be asked for again.
+func (s *Store) moveAside(cause error) error {
+	file := filepath.Join(s.dir, ocispec.ImageIndexFile)
+	aside := file + ".damaged"
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if err := os.Rename(file, aside); err != nil {
+		return err
+	}
+	s.recovered = fmt.Errorf("%w: moved to %s, names are asked of their registries again", cause, aside)
+	return nil
+}
+
+// Recovered says what OpenStore found damaged and moved aside, nil if nothing.
+func (s *Store) Recovered() error { return s.recovered }
 
 // Put stores an image under its name. A name that stood for another image of
 // the platform moves; that image stays, without a name.
@@ -211,10 +233,10 @@ func (s *Store) readBlob(d digest.Digest, most int64) ([]byte, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		// The name is there, so it is no ErrNotFound of the caller's.
-		return nil, failf(ErrMalformed, err, "the image store is damaged, pull again: %s", err)
+		return nil, failf(ErrMalformed, err, "the image store is damaged, mount it with --pull always: %s", err)
 	}
 	if err := verify(d, b); err != nil {
-		return nil, failf(ErrMalformed, err, "the image store is damaged, pull again: blob %s", err)
+		return nil, failf(ErrMalformed, err, "the image store is damaged, mount it with --pull always: blob %s", err)
 	}
 	return b, nil
 }
@@ -326,9 +348,16 @@ func (s *Store) sweep(index *storeIndex) ([]digest.Digest, error) {
 func (s *Store) read() (*storeIndex, error) {
 	index := &storeIndex{Index: ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}}
 	file := filepath.Join(s.dir, ocispec.ImageIndexFile)
-	b, err := os.ReadFile(file)
+	st, err := os.Lstat(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return index, nil
+	}
+	if err == nil && !st.Mode().IsRegular() {
+		return nil, failf(ErrMalformed, nil, "the image store is damaged: %s is not a file", file)
+	}
+	var b []byte
+	if err == nil {
+		b, err = os.ReadFile(file)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read image store: %w", err)

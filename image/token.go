@@ -132,7 +132,7 @@ func readToken(resp *http.Response, err error) (string, error) {
 		return "", err
 	}
 	defer resp.Body.Close()
-	if err := transport.CheckError(resp, http.StatusOK); err != nil {
+	if err := checkAnswer(resp); err != nil {
 		return "", err
 	}
 	var t struct {

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -20,7 +21,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	err := newRoot().ExecuteContext(ctx)
-	if err != nil && err.Error() != "" { // else it was said already
+	switch {
+	case errors.Is(err, context.Canceled):
+		fmt.Fprintln(os.Stderr, "varve: interrupted")
+	case err != nil && err.Error() != "": // else it was said already
 		fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
 	}
 	os.Exit(exitCode(err))
@@ -45,9 +49,16 @@ func exitCode(err error) int {
 	return daemon.ExitError
 }
 
-// oneLine keeps an error to one line, whatever a registry put into it.
+// oneLine keeps an error to one line that does nothing to a terminal, whatever a
+// registry put into it.
 func oneLine(s string) string {
-	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), " ")
+	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return -1
+		}
+		return r
+	}, s)
 }
 
 // app is what every verb needs: the global flags.

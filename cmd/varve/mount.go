@@ -26,6 +26,9 @@ func (a *app) mountCmd() *cobra.Command {
 				return a.listMounts(cmd.Context())
 			}
 			if len(args) == 2 {
+				if args[1] == "" {
+					return usageError{errors.New("DIR is empty")}
+				}
 				dir, err := filepath.Abs(args[1])
 				if err != nil {
 					return err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -32,6 +33,8 @@ func (a *app) umountCmd() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				// One that lies in another goes first.
+				slices.SortFunc(ms, func(a, b daemon.Mount) int { return strings.Compare(b.Dir, a.Dir) })
 				for _, m := range ms {
 					args = append(args, m.ID)
 				}
@@ -40,6 +43,9 @@ func (a *app) umountCmd() *cobra.Command {
 			for _, arg := range args {
 				o.Mount = mountArg(arg)
 				name, err := c.Unmount(cmd.Context(), o)
+				if all && exitCode(err) == daemon.ExitNotFound {
+					continue // somebody was faster
+				}
 				if err != nil {
 					fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
 					if first == nil {
