@@ -255,7 +255,7 @@ func FuzzDecode(f *testing.F) {
 	out := target(f)
 	f.Fuzz(func(t *testing.T, blob []byte, kind byte, i1, n1, i2, n2 int64) {
 		if i1 < 0 || i2 < 0 || n1 <= 0 || n2 <= 0 || n1 > 1<<24 || n2 > 1<<24 || i1 > 1<<30 || i2 > 1<<30 {
-			t.Skip()
+			return
 		}
 		ps := []index.Piece{{Inner: i1, Size: n1}, {Data: n1, Inner: i2, Size: n2}}
 		if i1+n1 <= int64(len(plain)) {

@@ -61,7 +61,7 @@ func FuzzContentRange(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, h string, off, n, size int64) {
 		if off < 0 || n <= 0 || size <= 0 || off > size-n {
-			t.Skip()
+			return
 		}
 		if checkContentRange(h, off, n, size) != nil {
 			return

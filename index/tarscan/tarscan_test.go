@@ -316,7 +316,7 @@ func TestGNUSparse(t *testing.T) {
 func TestPigz(t *testing.T) {
 	pigz, err := exec.LookPath("pigz")
 	if err != nil {
-		t.Skip("no pigz")
+		t.Skip("no pigz: scripts/deps installs it")
 	}
 	tarball := indextest.Tar(t, tar.FormatPAX, members())
 	for _, args := range [][]string{{"-c"}, {"-c", "-i", "-0"}, {"-c", "-p", "4", "-b", "128"}} {
