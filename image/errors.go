@@ -81,7 +81,7 @@ func clip(s string) string {
 // denied says in docker's words that the registry wants other credentials.
 func denied(n Name, host, text string, cause error) error {
 	return failf(ErrUnauthorized, cause,
-		"pull access denied for %s, repository does not exist or may require 'docker login %s': %s", n.Familiar(), host, text)
+		"pull access denied for %s, repository does not exist or may require 'docker login %s' or 'podman login %s': %s", n.Familiar(), host, host, text)
 }
 
 // classify gives an error of talking to host about n its kind and its words.
@@ -90,8 +90,10 @@ func classify(n Name, host string, err error) error {
 	var known *failure
 	var answer *transport.Error
 	switch {
-	case err == nil, errors.Is(err, context.Canceled):
-		return err
+	case err == nil:
+		return nil
+	case errors.Is(err, context.Canceled):
+		return scrubbed{err}
 	case errors.As(err, &known):
 		return known
 	case errors.As(err, &answer):
@@ -133,14 +135,28 @@ func answerText(answer *transport.Error) string {
 	return strings.Join(parts, "; ")
 }
 
-// queries are what may hold a signature, also that of a Location that net/http
-// could not read and quotes in its error.
-var queries = regexp.MustCompile(`\?[^\s"]*`)
+// What may hold a signature or a password: queries and user parts of URLs, also
+// those of a Location that net/http could not read and quotes in its error.
+var (
+	quotedQueries = regexp.MustCompile(`("(?:\\.|[^"\\?])*\?)(?:\\.|[^"\\])*"`)
+	queries       = regexp.MustCompile(`\?[^\s"]*`)
+	users         = regexp.MustCompile(`//[^/\s"]*@`)
+)
+
+func scrub(s string) string {
+	s = quotedQueries.ReplaceAllString(s, `${1}..."`)
+	s = queries.ReplaceAllString(s, "?...")
+	return users.ReplaceAllString(s, "//...@")
+}
+
+// scrubbed is an error of a transport that may be shown.
+type scrubbed struct{ error }
+
+func (s scrubbed) Error() string { return scrub(s.error.Error()) }
+func (s scrubbed) Unwrap() error { return s.error }
 
 // networkText names the usual reasons for having no answer, with what helps.
-func networkText(host string, err error) string {
-	return queries.ReplaceAllString(reasonText(host, err), "?...")
-}
+func networkText(host string, err error) string { return scrub(reasonText(host, err)) }
 
 func reasonText(host string, err error) string {
 	// The URL of a redirect may be signed: only the cause is shown.

@@ -1,7 +1,7 @@
 package image
 
 import (
-	_ "crypto/sha512" // manifests may be named by sha512
+	_ "crypto/sha512" // to tell a digest that is not supported from one that is wrong
 	"encoding/json"
 	"errors"
 	"mime"
@@ -172,6 +172,9 @@ func (d document) manifest(raw []byte) (*Manifest, error) {
 	if err := checkDescriptor(*d.Config); err != nil {
 		return nil, failf(ErrMalformed, err, "config: %s", err)
 	}
+	if err := checkAlgorithm(d.Config.Digest); err != nil {
+		return nil, failf(ErrMalformed, err, "config: %s", err)
+	}
 	if d.Config.Size > MaxConfig {
 		return nil, malformed("image config of %d bytes, the limit is %d", d.Config.Size, MaxConfig)
 	}
@@ -200,6 +203,9 @@ func checkLayer(l ocispec.Descriptor) error {
 	if err := checkDescriptor(l); err != nil {
 		return err
 	}
+	if err := checkAlgorithm(l.Digest); err != nil {
+		return err
+	}
 	for _, s := range l.URLs {
 		u, err := url.Parse(s)
 		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil {
@@ -225,6 +231,15 @@ func checkDescriptor(d ocispec.Descriptor) error {
 	return nil
 }
 
+// checkAlgorithm refuses what the store of frames has no key for. Lists may have
+// such entries for other platforms.
+func checkAlgorithm(d digest.Digest) error {
+	if a := d.Algorithm(); a != digest.SHA256 {
+		return malformed("digest algorithm %s is not supported", a)
+	}
+	return nil
+}
+
 // verify checks bytes against the digest they were asked by.
 func verify(d digest.Digest, b []byte) error {
 	if err := d.Validate(); err != nil {
@@ -245,6 +260,11 @@ func resolve(n Name, platform string, read reader) (*Manifest, error) {
 	match, err := newMatcher(platform)
 	if err != nil {
 		return nil, err
+	}
+	if n.digest != "" {
+		if err := checkAlgorithm(n.digest); err != nil {
+			return nil, about(n, err)
+		}
 	}
 	blobs := map[digest.Digest][]byte{}
 	var target digest.Digest
@@ -292,6 +312,9 @@ func resolve(n Name, platform string, read reader) (*Manifest, error) {
 		next, err := match.choose(doc.Manifests)
 		if err != nil {
 			return nil, failf(ErrNoPlatform, err, "image %s: %s", n.Familiar(), err)
+		}
+		if err := checkAlgorithm(next.Digest); err != nil {
+			return nil, about(n, err)
 		}
 		if next.Size > MaxManifest {
 			return nil, about(n, malformed("manifest of %d bytes, the limit is %d", next.Size, MaxManifest))

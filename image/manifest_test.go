@@ -12,6 +12,7 @@ import (
 
 func TestParseManifestRefuses(t *testing.T) {
 	d := digest.FromString("x").String()
+	long := digest.SHA512.FromString("x").String()
 	conf := `"config":{"mediaType":"` + ocispec.MediaTypeImageConfig + `","digest":"` + d + `","size":1}`
 	layer := func(s string) string {
 		return `{"schemaVersion":2,` + conf + `,"layers":[` + s + `]}`
@@ -27,6 +28,8 @@ func TestParseManifestRefuses(t *testing.T) {
 		{"many", layer(many), "1001 layers"},
 		{"size", layer(`{"mediaType":"` + ocispec.MediaTypeImageLayer + `","digest":"` + d + `","size":-1}`), "size of -1"},
 		{"digest", layer(`{"mediaType":"` + ocispec.MediaTypeImageLayer + `","digest":"sha256:../../x","size":1}`), "digest"},
+		{"sha512 layer", layer(`{"mediaType":"` + ocispec.MediaTypeImageLayer + `","digest":"` + long + `","size":1}`), "layer 1: digest algorithm sha512 is not supported"},
+		{"sha512 config", strings.Replace(layer(""), d, long, 1), "config: digest algorithm sha512 is not supported"},
 		{"encrypted", layer(`{"mediaType":"` + ocispec.MediaTypeImageLayerGzip + `+encrypted","digest":"` + d + `","size":1}`), "encrypted"},
 		{"layer type", layer(`{"mediaType":"x/y","digest":"` + d + `","size":1}`), `"x/y"`},
 		{"url", layer(`{"mediaType":"` + ocispec.MediaTypeImageLayer + `","digest":"` + d + `","size":1,"urls":["file:///etc/passwd"]}`), "http"},

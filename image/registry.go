@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -93,10 +94,11 @@ func (g *registry) Blob(l Layer) (Blob, error) {
 	}
 	b := Blob{Digest: l.Digest, Size: l.Size}
 	// A foreign layer is where its URLs say and perhaps in the registry. They
-	// come from the manifest: an address inside is not what they are for.
+	// come from the manifest: an address inside is not what they are for, and one
+	// of the link, where clouds hand out credentials, never.
 	for _, s := range l.URLs {
-		if u, err := url.Parse(s); err == nil && (g.insecure || !isInternal(u.Host)) {
-			b.Origins = append(b.Origins, Origin{URL: s, Transport: g.base, Registry: u.Host})
+		if u, err := url.Parse(s); err == nil && !isLinkLocal(u.Host) && (g.insecure || !isInternal(u.Host)) {
+			b.Origins = append(b.Origins, Origin{URL: s, Transport: foreign{g.base}, Registry: u.Host})
 		}
 	}
 	for _, s := range g.sessions {
@@ -170,7 +172,7 @@ func (g *registry) ask(ctx context.Context, s *session, kind, id, accept string,
 	}
 	resp, err := (&http.Client{Transport: s}).Do(req)
 	if err != nil {
-		return nil, "", 0, err
+		return nil, "", 0, scrubbed{err}
 	}
 	defer resp.Body.Close()
 	if err := checkAnswer(resp); err != nil {
@@ -229,16 +231,28 @@ func (h hubAlias) RoundTrip(req *http.Request) (*http.Response, error) {
 	return h.session.RoundTrip(req)
 }
 
-// checkAnswer gives the error of an answer that is not 200. The library refuses
-// to read long ones, and the status is lost with them: they are cut before it.
+// foreign is the transport of a foreign layer's URLs. It sees redirects too.
+type foreign struct{ http.RoundTripper }
+
+func (f foreign) RoundTrip(req *http.Request) (*http.Response, error) {
+	if isLinkLocal(req.URL.Host) {
+		if req.Body != nil {
+			req.Body.Close()
+		}
+		return nil, malformed("a foreign layer leads to the link-local address %s", req.URL.Host)
+	}
+	return f.RoundTripper.RoundTrip(req)
+}
+
+// checkAnswer gives the error of an answer that is not 200. The library loses
+// the status of one that is long or breaks off: it gets only what was read here.
 func checkAnswer(resp *http.Response) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
 	const most = 32 << 10
-	resp.Body = struct {
-		io.Reader
-		io.Closer
-	}{io.LimitReader(resp.Body, most), resp.Body}
-	return transport.CheckError(resp, http.StatusOK)
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, most))
+	cut := *resp
+	cut.Body = io.NopCloser(bytes.NewReader(text))
+	return transport.CheckError(&cut, http.StatusOK)
 }

@@ -228,7 +228,7 @@ func TestRegistryErrors(t *testing.T) {
 	}{
 		{"404", s.addr() + "/a:one", status(404), ErrNotFound, "No such image: " + s.addr() + "/a:one: "},
 		{"404 text", s.addr() + "/a:one", status(404), ErrNotFound, "its own text"},
-		{"401", s.addr() + "/a:one", status(401), ErrUnauthorized, "docker login"},
+		{"401", s.addr() + "/a:one", status(401), ErrUnauthorized, "'docker login " + s.addr() + "' or 'podman login " + s.addr() + "'"},
 		{"403", s.addr() + "/a:one", status(403), ErrUnauthorized, "denied"},
 		{"429", s.addr() + "/a:one", status(429), ErrUnreachable, "slow down"},
 		{"503", s.addr() + "/a:one", status(503), ErrUnreachable, "its own text"},

@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -28,10 +30,9 @@ const (
 // Blobs are written before the names that need them, each whole or not at all,
 // and checked by digest when they are read.
 type Store struct {
-	recovered error // what was damaged when it was opened
-
-	dir string
-	mu  sync.Mutex // guards index.json and the set of blobs
+	dir       string
+	recovered error      // what was damaged when it was opened
+	mu        sync.Mutex // guards index.json and the set of blobs
 }
 
 // Record is what the store knows of one image for one platform.
@@ -42,7 +43,8 @@ type Record struct {
 	Platform string // normalised, "" if neither list nor config say
 }
 
-// OpenStore opens or makes the store in a directory.
+// OpenStore opens or makes the store in a directory. A damaged list of names is
+// moved aside, see Recovered.
 func OpenStore(dir string) (*Store, error) {
 	s := &Store{dir: dir}
 	if err := os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o755); err != nil {
@@ -54,15 +56,17 @@ func OpenStore(dir string) (*Store, error) {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}
 	}
-	if _, err := s.read(); err != nil {
+	if _, err := s.read(); errors.Is(err, ErrMalformed) {
 		if rerr := s.moveAside(err); rerr != nil {
-			return nil, errors.Join(err, rerr)
+			return nil, fmt.Errorf("%w: move it aside: %w", err, rerr)
 		}
+	} else if err != nil {
+		return nil, err // perhaps whole: it is only not ours to read
 	}
 	return s, nil
 }
 
-// moveAside takes a list of names that cannot be read out of the way: the images
+// moveAside takes a list of names that cannot be read out of the way: the blobs
 // stay, and what was mounted can be asked for again.
 func (s *Store) moveAside(cause error) error {
 	file := filepath.Join(s.dir, ocispec.ImageIndexFile)
@@ -141,11 +145,17 @@ func (s *Store) writeBlob(d digest.Digest, b []byte) error {
 		return err
 	}
 	file := filepath.Join(s.dir, filepath.FromSlash(blobPath(d)))
-	if have, err := os.ReadFile(file); err == nil && verify(d, have) == nil {
+	if have, err := readRegular(file, int64(len(b))); err == nil && verify(d, have) == nil {
 		return nil
 	}
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
+	}
+	// A rename takes the place of anything but a directory.
+	if st, err := os.Lstat(file); err == nil && st.IsDir() {
+		if err := os.RemoveAll(file); err != nil {
+			return err
+		}
 	}
 	return writeFile(file, b)
 }
@@ -225,12 +235,7 @@ func (s *Store) readBlob(d digest.Digest, most int64) ([]byte, error) {
 	if err := d.Validate(); err != nil {
 		return nil, failf(ErrMalformed, err, "digest %q: %s", clip(string(d)), err)
 	}
-	file := filepath.Join(s.dir, filepath.FromSlash(blobPath(d)))
-	info, err := os.Stat(file)
-	if err == nil && info.Size() > most {
-		return nil, malformed("blob %s has %d bytes, the limit is %d", file, info.Size(), most)
-	}
-	b, err := os.ReadFile(file)
+	b, err := readRegular(filepath.Join(s.dir, filepath.FromSlash(blobPath(d))), most)
 	if err != nil {
 		// The name is there, so it is no ErrNotFound of the caller's.
 		return nil, failf(ErrMalformed, err, "the image store is damaged, mount it with --pull always: %s", err)
@@ -348,24 +353,48 @@ func (s *Store) sweep(index *storeIndex) ([]digest.Digest, error) {
 func (s *Store) read() (*storeIndex, error) {
 	index := &storeIndex{Index: ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}}
 	file := filepath.Join(s.dir, ocispec.ImageIndexFile)
-	st, err := os.Lstat(file)
-	if errors.Is(err, os.ErrNotExist) {
+	b, err := readRegular(file, maxIndex)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return index, nil
-	}
-	if err == nil && !st.Mode().IsRegular() {
-		return nil, failf(ErrMalformed, nil, "the image store is damaged: %s is not a file", file)
-	}
-	var b []byte
-	if err == nil {
-		b, err = os.ReadFile(file)
-	}
-	if err != nil {
+	case errors.Is(err, ErrMalformed), errors.Is(err, syscall.EIO):
+		return nil, failf(ErrMalformed, err, "the image store is damaged: %s", err)
+	case err != nil:
 		return nil, fmt.Errorf("read image store: %w", err)
 	}
-	if err := json.Unmarshal(b, &index.Index); err != nil {
+	if index.Index, err = parseIndex(b); err != nil {
 		return nil, failf(ErrMalformed, err, "the image store is damaged: %s: %s", file, err)
 	}
 	return index, nil
+}
+
+// readRegular reads a file of the store's own, at most so many bytes. What is
+// not a regular file is an ErrMalformed: a link is not followed, a pipe not
+// waited for.
+func readRegular(file string, most int64) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) { // a link, a socket
+		return nil, failf(ErrMalformed, err, "%s is not a regular file", file)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, malformed("%s is not a regular file", file)
+	case info.Size() > most:
+		return nil, malformed("%s has %d bytes, the limit is %d", file, info.Size(), most)
+	}
+	b := make([]byte, info.Size())
+	n, err := io.ReadFull(f, b)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return b[:n], nil
 }
 
 func (s *Store) write(index *storeIndex) error {

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"encoding/json"
 	"slices"
 	"strings"
 
@@ -13,6 +14,33 @@ import (
 // tools of OCI layouts find the names too.
 type storeIndex struct {
 	ocispec.Index
+}
+
+// maxIndex is the most bytes of an index.json; an entry has about 500.
+const maxIndex = 256 << 20
+
+// parseIndex reads an index.json that a store wrote. What is JSON but not of
+// that form is refused too: written anew, it would lose what it still names.
+func parseIndex(raw []byte) (ocispec.Index, error) {
+	var x ocispec.Index
+	if err := json.Unmarshal(raw, &x); err != nil {
+		return x, err
+	}
+	if x.SchemaVersion != 2 || x.Manifests == nil {
+		return x, malformed("not a list of images")
+	}
+	for _, d := range x.Manifests {
+		r, ok := recordOf(d)
+		if !ok {
+			return x, malformed("an entry is named %q", clip(d.Annotations[annotationImageName]))
+		}
+		for _, id := range []digest.Digest{r.Target, r.Manifest} {
+			if err := id.Validate(); err != nil {
+				return x, malformed("digest %q: %s", clip(string(id)), err)
+			}
+		}
+	}
+	return x, nil
 }
 
 func (x *storeIndex) records() []Record {

@@ -129,7 +129,7 @@ func postToken(ctx context.Context, client *http.Client, u url.URL, service stri
 
 func readToken(resp *http.Response, err error) (string, error) {
 	if err != nil {
-		return "", err
+		return "", scrubbed{err}
 	}
 	defer resp.Body.Close()
 	if err := checkAnswer(resp); err != nil {
@@ -161,10 +161,8 @@ func checkRealm(u *url.URL, addr string, plain bool) error {
 		return failf(ErrUnauthorized, nil, "registry %s names a token service with credentials in its URL", addr)
 	case isInternal(u.Host) && !isInternal(addr) && hostname(u.Host) != hostname(addr):
 		return failf(ErrUnauthorized, nil, "registry %s names a token service at the internal address %s", addr, u.Host)
-	case strings.HasPrefix(hostname(u.Host), "169.254."), strings.HasPrefix(hostname(u.Host), "fe80:"), hostname(u.Host) == "fd00:ec2::254":
-		if hostname(u.Host) != hostname(addr) {
-			return failf(ErrUnauthorized, nil, "registry %s names a token service at the link-local address %s", addr, u.Host)
-		}
+	case isLinkLocal(u.Host) && hostname(u.Host) != hostname(addr):
+		return failf(ErrUnauthorized, nil, "registry %s names a token service at the link-local address %s", addr, u.Host)
 	}
 	return nil
 }

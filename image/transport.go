@@ -123,9 +123,17 @@ func isInternal(addr string) bool {
 	return ip.IsLoopback() || ip.IsPrivate() || ip.IsLinkLocalUnicast() || ip.IsUnspecified()
 }
 
+// isLinkLocal reports whether a host[:port] is an address of the link, or the
+// one that EC2 has in its place under IPv6: where machines in a cloud are told
+// who they are.
+func isLinkLocal(addr string) bool {
+	ip, err := netip.ParseAddr(hostname(addr))
+	return err == nil && (ip.Unmap().IsLinkLocalUnicast() || ip == netip.MustParseAddr("fd00:ec2::254"))
+}
+
 func hostname(addr string) string {
 	if h, _, err := net.SplitHostPort(addr); err == nil {
 		addr = h
 	}
-	return strings.Trim(strings.ToLower(addr), "[]")
+	return strings.TrimSuffix(strings.Trim(strings.ToLower(addr), "[]"), ".")
 }

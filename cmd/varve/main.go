@@ -21,11 +21,8 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	err := newRoot().ExecuteContext(ctx)
-	switch {
-	case errors.Is(err, context.Canceled):
-		fmt.Fprintln(os.Stderr, "varve: interrupted")
-	case err != nil && err.Error() != "": // else it was said already
-		fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
+	if s := message(err); s != "" { // else it was said already
+		fmt.Fprintln(os.Stderr, "varve: "+s)
 	}
 	os.Exit(exitCode(err))
 }
@@ -33,32 +30,55 @@ func main() {
 // usageError marks what the command line has wrong.
 type usageError struct{ error }
 
+// exitInterrupted is what shells give a command that SIGINT ended.
+const exitInterrupted = 130
+
 func exitCode(err error) int {
 	var e *daemon.Error
 	var u usageError
 	switch {
 	case err == nil:
 		return 0
+	case errors.Is(err, context.Canceled):
+		return exitInterrupted
 	case errors.As(err, &e) && e.Exit != 0:
 		return e.Exit
 	case errors.As(err, &u):
 		return daemon.ExitUsage
-	case errors.Is(err, context.Canceled):
-		return 130
 	}
 	return daemon.ExitError
 }
 
-// oneLine keeps an error to one line that does nothing to a terminal, whatever a
-// registry put into it.
+// message is what the user is told of an error, "" if nothing.
+func message(err error) string {
+	switch {
+	case err == nil:
+		return ""
+	case exitCode(err) == exitInterrupted:
+		return "interrupted"
+	}
+	return oneLine(err.Error())
+}
+
+// oneLine keeps an error, which may be several joined, to one line that does
+// nothing to a terminal, whatever a registry put into it.
 func oneLine(s string) string {
-	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
-			return -1
+	var lines []string
+	for line := range strings.Lines(s) {
+		line = strings.Map(func(r rune) rune {
+			switch {
+			case unicode.IsSpace(r):
+				return ' '
+			case unicode.IsControl(r):
+				return -1
+			}
+			return r
+		}, line)
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
 		}
-		return r
-	}, s)
+	}
+	return strings.Join(lines, "; ")
 }
 
 // app is what every verb needs: the global flags.

@@ -46,8 +46,11 @@ func (a *app) umountCmd() *cobra.Command {
 				if all && exitCode(err) == daemon.ExitNotFound {
 					continue // somebody was faster
 				}
+				if exitCode(err) == exitInterrupted {
+					return err
+				}
 				if err != nil {
-					fmt.Fprintln(os.Stderr, "varve: "+oneLine(err.Error()))
+					fmt.Fprintln(os.Stderr, "varve: "+message(err))
 					if first == nil {
 						first = err
 					}
