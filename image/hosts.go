@@ -31,6 +31,7 @@ type host struct {
 	ns      string   // the registry's name, told to a host that is not it
 	pull    bool     // may be asked for manifests and blobs by digest
 	resolve bool     // may say which digest a tag has
+	push    bool     // a mirror that is to be pushed to in the registry's place
 	header  http.Header
 	tls     tlsFiles
 	dial    time.Duration // time to connect, 0 for the default
@@ -229,6 +230,10 @@ func (t hostTable) host(dir, server string) (host, error) {
 			h.pull = true
 		case "resolve":
 			h.resolve = true
+		case "push":
+			// Only where it is written out: containerd takes a host without a list for
+			// one that does all, but few who name a mirror mean to publish there.
+			h.push = true
 		}
 	}
 	if t.DialTimeout != "" {

@@ -64,6 +64,7 @@ type Manifest struct {
 	Platform   string             // as the manifest list names it; "" for a single manifest
 	ConfigDesc ocispec.Descriptor // of the image config
 	Layers     []Layer            // lowest first
+	Sources    []Name             // other images in whose repositories layers lie, as a Store knows them
 
 	// Blobs are the documents read on the way, lists and manifest, by digest:
 	// what a Store needs.

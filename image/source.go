@@ -5,7 +5,9 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -144,11 +146,55 @@ func (r *Registries) Source(n Name, o Options) (Source, error) {
 }
 
 // Transport gives what a client of go-containerregistry needs to read and
-// write the repository of n at its registry, past all mirrors: remote.Put and
-// its kin take it by remote.WithTransport and then neither ping nor ask for a
-// token. More names repositories of the same registry to be read as well,
-// so that blobs can be mounted from them.
+// write the repository of n at its registry: remote.Write and its kin take it by
+// remote.WithTransport and then neither ping nor ask for a token. Its token is
+// for pulling and pushing n's repository. More names repositories of the same
+// registry that it may pull from too, so that blobs can be mounted from them:
+//
+//	rt, err := registries.Transport(n, options, "library/debian")
+//	...
+//	err = remote.Write(ref, img, remote.WithTransport(rt))
+//
+// Where it leads is what [Registries.Endpoint] says.
 func (r *Registries) Transport(n Name, o Options, more ...string) (http.RoundTripper, error) {
+	s, err := r.pushSession(n, o, more)
+	if err != nil {
+		return nil, err
+	}
+	// A Wrapper is how that library is told that a transport is complete; this
+	// is the one way to make one that adds nothing.
+	return transport.FromToken(ggcrRegistry(n), authn.Anonymous, hubAlias{s}, &transport.Challenge{}, nil)
+}
+
+// Endpoint says where an image is pushed to: the root of the API, which ends in
+// "/v2/", and what speaks to it with a token that may pull and push n's
+// repository and pull the repositories in more. It asks no network.
+//
+//	base, rt, err := registries.Endpoint(n, options, "library/debian")
+//	...
+//	u := base.JoinPath(n.Repository(), "blobs", "uploads", "/")
+//	u.RawQuery = url.Values{"mount": {digest}, "from": {"library/debian"}}.Encode()
+//	resp, err := (&http.Client{Transport: rt}).Post(u.String(), "", nil)
+//
+// The transport settles what the URL leaves open, as [Origin] says: the scheme
+// where there is a choice, the path and the headers that hosts.toml gives. It
+// may be used for all that the registry answers with, the Location of an upload
+// too: what lies on another host gets no credential. A request whose body can
+// be sent once more (GetBody) survives a token that ran out.
+//
+// The place is the registry itself, for docker.io the host that serves it;
+// mirrors are passed by, but for the first one of hosts.toml whose capabilities
+// name push.
+func (r *Registries) Endpoint(n Name, o Options, more ...string) (base *url.URL, rt http.RoundTripper, err error) {
+	s, err := r.pushSession(n, o, more)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &url.URL{Scheme: s.host.schemes[0], Host: s.host.addr, Path: "/v2/"}, s, nil
+}
+
+// pushSession gives the session for pushing n.
+func (r *Registries) pushSession(n Name, o Options, more []string) (*session, error) {
 	if n.kind != remoteKind {
 		return nil, malformed("%s is in no registry", n.Familiar())
 	}
@@ -156,18 +202,17 @@ func (r *Registries) Transport(n Name, o Options, more ...string) (http.RoundTri
 	if err != nil {
 		return nil, err
 	}
-	server := hosts[len(hosts)-1]
+	target := hosts[len(hosts)-1]
+	if i := slices.IndexFunc(hosts, func(h host) bool { return h.push }); i >= 0 {
+		target = hosts[i]
+	}
 	scopes := []string{scopeOf(n.repo, "pull,push")}
 	for _, repo := range more {
-		scopes = append(scopes, scopeOf(repo, "pull"))
+		if scope := scopeOf(repo, "pull"); repo != n.repo && !slices.Contains(scopes, scope) {
+			scopes = append(scopes, scope)
+		}
 	}
-	s, err := r.session(n, server, o, scopes)
-	if err != nil {
-		return nil, err
-	}
-	// A Wrapper is how that library is told that a transport is complete; this
-	// is the one way to make one that adds nothing.
-	return transport.FromToken(ggcrRegistry(n), authn.Anonymous, hubAlias{s}, &transport.Challenge{}, nil)
+	return r.session(n, target, o, scopes)
 }
 
 // session gives the one session for a host, repository and credentials.

@@ -24,15 +24,19 @@ const (
 	annotationManifest = "dev.varve.manifest"
 )
 
-// A Store is an OCI layout on disk of names, manifests and configs; it has no
-// layers. One process at a time uses it, by as many goroutines as it likes.
+// A Store is an OCI layout on disk of names, manifests and configs. Of layers it
+// has only those that were made here. One process at a time uses it, by as many
+// goroutines as it likes.
 //
-// Blobs are written before the names that need them, each whole or not at all,
-// and checked by digest when they are read.
+// Blobs are written before the names that need them, each whole or not at all.
+// Manifests and configs are checked by digest when they are read; layers are
+// for their reader to check.
 type Store struct {
 	dir       string
-	recovered error      // what was damaged when it was opened
-	mu        sync.Mutex // guards index.json and the set of blobs
+	recovered error // what was damaged when it was opened
+
+	mu   sync.Mutex            // guards index.json, the set of blobs, and held
+	held map[digest.Digest]int // leases of blobs that no manifest may name yet
 }
 
 // Record is what the store knows of one image for one platform.
@@ -41,12 +45,21 @@ type Record struct {
 	Target   digest.Digest // what the name points at: the image ID
 	Manifest digest.Digest
 	Platform string // normalised, "" if neither list nor config say
+
+	// Sources are images in whose repositories some of the layers lie, other
+	// than the repository of Name: a commit's base, what a tag was given to.
+	Sources []Name
+}
+
+// same reports whether two records are of one entry.
+func (r Record) same(o Record) bool {
+	return r.Name == o.Name && r.Target == o.Target && r.Manifest == o.Manifest && r.Platform == o.Platform
 }
 
 // OpenStore opens or makes the store in a directory. A damaged list of names is
 // moved aside, see Recovered.
 func OpenStore(dir string) (*Store, error) {
-	s := &Store{dir: dir}
+	s := &Store{dir: dir, held: map[digest.Digest]int{}}
 	if err := os.MkdirAll(filepath.Join(dir, "blobs", "sha256"), 0o755); err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
 	}
@@ -56,6 +69,7 @@ func OpenStore(dir string) (*Store, error) {
 			return nil, fmt.Errorf("open image store: %w", err)
 		}
 	}
+	s.removeTemps()
 	if _, err := s.read(); errors.Is(err, ErrMalformed) {
 		if rerr := s.moveAside(err); rerr != nil {
 			return nil, fmt.Errorf("%w: move it aside: %w", err, rerr)
@@ -84,16 +98,22 @@ func (s *Store) moveAside(cause error) error {
 // Recovered says what OpenStore found damaged and moved aside, nil if nothing.
 func (s *Store) Recovered() error { return s.recovered }
 
-// Put stores an image under its name. A name that stood for another image of
-// the platform moves; that image stays, without a name.
-func (s *Store) Put(m *Manifest, config []byte) error {
-	if err := s.put(m, config); err != nil {
+// Put stores an image under its name, with its Sources. A name that stood for
+// another image of the platform moves; that image stays, without a name.
+func (s *Store) Put(m *Manifest, config []byte) error { return s.PutFrom(m, config, nil) }
+
+// PutFrom is [Store.Put] for an image some of whose layers lie elsewhere than
+// its name says: sources are added to what m.Sources and the store already know
+// of that manifest. They are names of registries' repositories, of layouts and
+// of archives, and at most 100.
+func (s *Store) PutFrom(m *Manifest, config []byte, sources []Name) error {
+	if err := s.put(m, config, sources); err != nil {
 		return fmt.Errorf("store image %s: %w", m.Name.Familiar(), err)
 	}
 	return nil
 }
 
-func (s *Store) put(m *Manifest, config []byte) error {
+func (s *Store) put(m *Manifest, config []byte, sources []Name) error {
 	if err := verify(m.ConfigDesc.Digest, config); err != nil {
 		return err
 	}
@@ -116,22 +136,32 @@ func (s *Store) put(m *Manifest, config []byte) error {
 	if docs[target] == nil {
 		return fmt.Errorf("the bytes of %s are missing", target)
 	}
+	platform := m.Platform
+	if platform == "" {
+		platform = c.Platform()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	index, err := s.read()
+	if err != nil {
+		return err
+	}
+	r := Record{Name: m.Name, Target: target, Manifest: m.Digest, Platform: platform}
+	r.Sources = addSources(addSources(nil, m.Name, m.Sources...), m.Name, sources...)
+	for _, old := range index.records() {
+		if old.Manifest == m.Digest {
+			r.Sources = addSources(r.Sources, m.Name, old.Sources...)
+		}
+	}
+	if err := checkSources(r.Sources); err != nil {
+		return err
+	}
 	for d, b := range docs {
 		if err := s.writeBlob(d, b); err != nil {
 			return err
 		}
 	}
-	platform := m.Platform
-	if platform == "" {
-		platform = c.Platform()
-	}
-	index, err := s.read()
-	if err != nil {
-		return err
-	}
-	index.set(Record{Name: m.Name, Target: target, Manifest: m.Digest, Platform: platform}, int64(len(docs[target])), mediaTypeOf(docs[target]))
+	index.set(r, int64(len(docs[target])), mediaTypeOf(docs[target]))
 	return s.write(index)
 }
 
@@ -144,18 +174,12 @@ func (s *Store) writeBlob(d digest.Digest, b []byte) error {
 	if err := verify(d, b); err != nil {
 		return err
 	}
-	file := filepath.Join(s.dir, filepath.FromSlash(blobPath(d)))
+	file := s.blobFile(d)
 	if have, err := readRegular(file, int64(len(b))); err == nil && verify(d, have) == nil {
 		return nil
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+	if err := makeWay(file); err != nil {
 		return err
-	}
-	// A rename takes the place of anything but a directory.
-	if st, err := os.Lstat(file); err == nil && st.IsDir() {
-		if err := os.RemoveAll(file); err != nil {
-			return err
-		}
 	}
 	return writeFile(file, b)
 }
@@ -217,7 +241,7 @@ func (s *Store) load(r Record) (*Manifest, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	m.Name, m.Target, m.Digest, m.Platform = r.Name, r.Target, r.Manifest, r.Platform
+	m.Name, m.Target, m.Digest, m.Platform, m.Sources = r.Name, r.Target, r.Manifest, r.Platform, r.Sources
 	m.Blobs = map[digest.Digest][]byte{r.Manifest: raw}
 	if r.Target != r.Manifest {
 		if m.Blobs[r.Target], err = s.readBlob(r.Target, MaxManifest); err != nil {
@@ -235,7 +259,7 @@ func (s *Store) readBlob(d digest.Digest, most int64) ([]byte, error) {
 	if err := d.Validate(); err != nil {
 		return nil, failf(ErrMalformed, err, "digest %q: %s", clip(string(d)), err)
 	}
-	b, err := readRegular(filepath.Join(s.dir, filepath.FromSlash(blobPath(d))), most)
+	b, err := readRegular(s.blobFile(d), most)
 	if err != nil {
 		// The name is there, so it is no ErrNotFound of the caller's.
 		return nil, failf(ErrMalformed, err, "the image store is damaged, mount it with --pull always: %s", err)
@@ -271,7 +295,8 @@ func (s *Store) List() ([]Record, error) {
 }
 
 // Tag gives the image src the further name dst, for all platforms that are
-// here. What was called dst loses that name.
+// here. What was called dst loses that name. The new name has the sources of
+// the old, and the old itself: the layers are still only there.
 func (s *Store) Tag(src, dst Name) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -285,6 +310,10 @@ func (s *Store) Tag(src, dst Name) error {
 	}
 	for _, r := range found {
 		d := index.descriptor(r)
+		r.Sources = addSources(addSources(nil, dst, r.Sources...), dst, r.Name)
+		if err := checkSources(r.Sources); err != nil {
+			return fmt.Errorf("tag image %s: %w", src.Familiar(), err)
+		}
 		r.Name = dst
 		index.set(r, d.Size, d.MediaType)
 	}
@@ -292,7 +321,8 @@ func (s *Store) Tag(src, dst Name) error {
 }
 
 // Remove takes a name away; for an ID, all names of that image. Blobs that no
-// image needs any more are deleted, and their digests given.
+// image needs any more and no [BlobWriter] holds are deleted, and their digests
+// given.
 func (s *Store) Remove(n Name) ([]digest.Digest, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -313,16 +343,32 @@ func (s *Store) Remove(n Name) ([]digest.Digest, error) {
 	return s.sweep(index)
 }
 
-// sweep deletes the blobs that no record leads to. One that cannot be read
-// keeps what it may have named: nothing is deleted then.
-func (s *Store) sweep(index *storeIndex) ([]digest.Digest, error) {
+// live gives the blobs that must stay: what a record leads to, layers that are
+// here among it, and what is held. The caller holds mu.
+func (s *Store) live(index *storeIndex) (map[digest.Digest]bool, error) {
 	live := map[digest.Digest]bool{}
+	for d := range s.held {
+		live[d] = true
+	}
 	for _, r := range index.records() {
 		m, _, err := s.load(r)
 		if err != nil {
-			return nil, fmt.Errorf("remove image: %w", err)
+			return nil, err
 		}
 		live[r.Target], live[r.Manifest], live[m.ConfigDesc.Digest] = true, true, true
+		for _, l := range m.Layers {
+			live[l.Digest] = true
+		}
+	}
+	return live, nil
+}
+
+// sweep deletes the blobs that are not live. One record that cannot be read
+// keeps what it may have named: nothing is deleted then. The caller holds mu.
+func (s *Store) sweep(index *storeIndex) ([]digest.Digest, error) {
+	live, err := s.live(index)
+	if err != nil {
+		return nil, fmt.Errorf("remove image: %w", err)
 	}
 	var gone []digest.Digest
 	dirs, err := os.ReadDir(filepath.Join(s.dir, "blobs"))
@@ -330,6 +376,9 @@ func (s *Store) sweep(index *storeIndex) ([]digest.Digest, error) {
 		return nil, fmt.Errorf("remove image: %w", err)
 	}
 	for _, dir := range dirs {
+		if !dir.IsDir() {
+			continue // a blob on its way
+		}
 		files, err := os.ReadDir(filepath.Join(s.dir, "blobs", dir.Name()))
 		if err != nil {
 			return nil, fmt.Errorf("remove image: %w", err)
@@ -368,28 +417,17 @@ func (s *Store) read() (*storeIndex, error) {
 	return index, nil
 }
 
-// readRegular reads a file of the store's own, at most so many bytes. What is
-// not a regular file is an ErrMalformed: a link is not followed, a pipe not
-// waited for.
+// readRegular reads a file of the store's own, at most so many bytes.
 func readRegular(file string, most int64) ([]byte, error) {
-	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, syscall.ELOOP) || errors.Is(err, syscall.ENXIO) { // a link, a socket
-		return nil, failf(ErrMalformed, err, "%s is not a regular file", file)
-	}
+	f, size, err := openRegular(file)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	switch {
-	case err != nil:
-		return nil, err
-	case !info.Mode().IsRegular():
-		return nil, malformed("%s is not a regular file", file)
-	case info.Size() > most:
-		return nil, malformed("%s has %d bytes, the limit is %d", file, info.Size(), most)
+	if size > most {
+		return nil, malformed("%s has %d bytes, the limit is %d", file, size, most)
 	}
-	b := make([]byte, info.Size())
+	b := make([]byte, size)
 	n, err := io.ReadFull(f, b)
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		return nil, err
@@ -415,7 +453,7 @@ func (s *Store) write(index *storeIndex) error {
 // also after the power went.
 func writeFile(file string, b []byte) (err error) {
 	dir := filepath.Dir(file)
-	f, err := os.CreateTemp(dir, ".tmp-*")
+	f, err := os.CreateTemp(dir, tempPrefix+"*")
 	if err != nil {
 		return err
 	}
@@ -440,10 +478,5 @@ func writeFile(file string, b []byte) (err error) {
 	if err = os.Rename(f.Name(), file); err != nil {
 		return err
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return syncDir(dir)
 }

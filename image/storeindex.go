@@ -16,7 +16,8 @@ type storeIndex struct {
 	ocispec.Index
 }
 
-// maxIndex is the most bytes of an index.json; an entry has about 500.
+// maxIndex is the most bytes of an index.json; an entry has about 500, and its
+// sources.
 const maxIndex = 256 << 20
 
 // parseIndex reads an index.json that a store wrote. What is JSON but not of
@@ -30,6 +31,9 @@ func parseIndex(raw []byte) (ocispec.Index, error) {
 		return x, malformed("not a list of images")
 	}
 	for _, d := range x.Manifests {
+		if _, err := parseSources(d.Annotations[annotationSources]); err != nil {
+			return x, err
+		}
 		r, ok := recordOf(d)
 		if !ok {
 			return x, malformed("an entry is named %q", clip(d.Annotations[annotationImageName]))
@@ -62,7 +66,11 @@ func recordOf(d ocispec.Descriptor) (Record, bool) {
 	if r.Manifest == "" {
 		r.Manifest = r.Target
 	}
-	err := r.Name.UnmarshalText([]byte(d.Annotations[annotationImageName]))
+	var err error
+	if r.Sources, err = parseSources(d.Annotations[annotationSources]); err != nil {
+		return r, false
+	}
+	err = r.Name.UnmarshalText([]byte(d.Annotations[annotationImageName]))
 	return r, err == nil
 }
 
@@ -74,6 +82,10 @@ func (x *storeIndex) set(r Record, size int64, mediaType string) {
 			d := x.descriptor(old)
 			x.drop(old)
 			if old.Manifest != r.Manifest && !slices.ContainsFunc(x.records(), func(o Record) bool { return o.Manifest == old.Manifest }) {
+				// Its layers are where they were.
+				if more := addSources(old.Sources, Name{}, old.Name); checkSources(more) == nil {
+					old.Sources = more
+				}
 				old.Name = Name{}
 				x.add(old, d.Size, d.MediaType)
 			}
@@ -96,6 +108,9 @@ func (x *storeIndex) add(r Record, size int64, mediaType string) {
 			annotationPlatform: r.Platform,
 		},
 	}
+	if len(r.Sources) > 0 {
+		d.Annotations[annotationSources] = formatSources(r.Sources)
+	}
 	if !r.Name.IsZero() {
 		d.Annotations[annotationImageName] = r.Name.String()
 		if r.Name.tag != "" && r.Name.kind == remoteKind {
@@ -107,7 +122,7 @@ func (x *storeIndex) add(r Record, size int64, mediaType string) {
 
 func (x *storeIndex) descriptor(r Record) ocispec.Descriptor {
 	for _, d := range x.Manifests {
-		if have, ok := recordOf(d); ok && have == r {
+		if have, ok := recordOf(d); ok && have.same(r) {
 			return d
 		}
 	}
@@ -117,7 +132,7 @@ func (x *storeIndex) descriptor(r Record) ocispec.Descriptor {
 func (x *storeIndex) drop(r Record) {
 	x.Manifests = slices.DeleteFunc(x.Manifests, func(d ocispec.Descriptor) bool {
 		have, ok := recordOf(d)
-		return ok && have == r
+		return ok && have.same(r)
 	})
 }
 
