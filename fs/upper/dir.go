@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -38,6 +39,10 @@ const aboutVersion = 1
 // ErrInUse says that somebody else has the upper open.
 var ErrInUse = errors.New("in use")
 
+// ErrNone says that a directory is missing or empty: that an upper can be made
+// there.
+var ErrNone = errors.New("no upper")
+
 // A Dir is an upper that is open for this process alone. Its methods are safe
 // for concurrent use.
 type Dir struct {
@@ -46,6 +51,7 @@ type Dir struct {
 	tree    int // O_PATH descriptors of fs and work/staging
 	staging int
 	lock    *os.File
+	temps   atomic.Uint64 // names given in staging
 }
 
 // Attr is what the root of a new upper takes from the tree below it: overlayfs
@@ -136,13 +142,19 @@ func (a Attr) apply(root *os.Root, form Form) error {
 }
 
 // Open opens an upper and clears what a daemon that was killed left in work. It
-// refuses by name what is not its own.
+// refuses by name what is not its own. ErrNone is wrapped where there is nothing.
 func Open(path string) (_ *Dir, err error) {
 	root, err := os.OpenRoot(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", path, ErrNone)
+	}
 	if err != nil {
 		return nil, err
 	}
 	defer root.Close()
+	if names, err := readNames(root, "."); err == nil && len(names) == 0 {
+		return nil, fmt.Errorf("%s: %w", path, ErrNone)
+	}
 	d := &Dir{path: path, tree: -1, staging: -1}
 	defer func() {
 		if err != nil {
@@ -264,15 +276,23 @@ func (d *Dir) Close() error {
 	return errors.Join(errs...)
 }
 
-// Remove deletes the upper and everything in it, and the directory itself.
+// Remove deletes the upper, its directory too if nothing else is in that, and
+// closes d.
 func (d *Dir) Remove() error {
-	// Directories of a user may be closed to that user.
-	return errors.Join(removeAll(d.path), d.Close())
+	var errs []error
+	for _, name := range []string{treeName, workName, aboutName, lockName} {
+		errs = append(errs, RemoveAll(filepath.Join(d.path, name)))
+	}
+	err := os.Remove(d.path)
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) || errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(append(errs, err, d.Close())...)
 }
 
-// removeAll is os.RemoveAll for a tree whose directories may lack the owner's
+// RemoveAll is os.RemoveAll for a tree whose directories may lack the owner's
 // own permissions, which stop anybody but root.
-func removeAll(path string) error {
+func RemoveAll(path string) error {
 	err := os.RemoveAll(path)
 	if err == nil || !errors.Is(err, os.ErrPermission) {
 		return err
