@@ -86,6 +86,10 @@ type MountOptions struct {
 	Name   string `json:"name,omitempty"` // "" for one made from the image's
 	Face   string `json:"face,omitempty"` // auto (default), kernel, fuse
 	Setuid bool   `json:"setuid,omitempty"`
+
+	RW      bool   `json:"rw,omitempty"`      // changes go to an upper and stay there
+	Upper   string `json:"upper,omitempty"`   // its directory, absolute; "" for one in the state directory
+	Overlay string `json:"overlay,omitempty"` // who writes it: auto (default), kernel, fuse
 }
 
 // Mount is what is known of a mount.
@@ -98,17 +102,25 @@ type Mount struct {
 	Config     string    `json:"Config"`   // digest of the config
 	Platform   string    `json:"Platform"`
 	Dir        string    `json:"Mountpoint"`
-	State      string    `json:"State"` // mounted, restoring, failed
+	State      string    `json:"State"` // mounted, restoring, failed, unmounted
 	Error      string    `json:"Error,omitempty"`
 	Created    time.Time `json:"Created"`
 	Face       string    `json:"Face"`
 	FaceReason string    `json:"FaceReason"`
 	Offline    bool      `json:"Offline"`
-	Files      uint64    `json:"Files"`   // inodes of the image
-	Size       int64     `json:"Size"`    // bytes of all layers, compressed
-	Fetched    int64     `json:"Fetched"` // bytes that the network brought for them
-	Local      int64     `json:"Local"`   // bytes of them, compressed, that are here
-	Layers     []Layer   `json:"Layers,omitempty"`
+
+	RW            bool       `json:"RW"`
+	Upper         string     `json:"Upper,omitempty"`
+	Overlay       string     `json:"Overlay,omitempty"` // who writes the upper: kernel, fuse
+	OverlayReason string     `json:"OverlayReason,omitempty"`
+	UpperBytes    int64      `json:"UpperBytes,omitempty"` // on disk; in an inspection only
+	Unmounted     *time.Time `json:"Unmounted,omitempty"`  // since when only its changes are kept
+
+	Files   uint64  `json:"Files"`   // inodes of the image
+	Size    int64   `json:"Size"`    // bytes of all layers, compressed
+	Fetched int64   `json:"Fetched"` // bytes that the network brought for them
+	Local   int64   `json:"Local"`   // bytes of them, compressed, that are here
+	Layers  []Layer `json:"Layers,omitempty"`
 }
 
 // Layer is what is known of a layer of a mount.
@@ -129,6 +141,15 @@ type UnmountOptions struct {
 	Mount string `json:"mount"` // a name, an id or the beginning of one, a directory
 	Force bool   `json:"force,omitempty"`
 	Lazy  bool   `json:"lazy,omitempty"`
+	// Remove also deletes the changes of a writable mount.
+	Remove bool `json:"remove,omitempty"`
+}
+
+// Removed is what `varve rm` and `varve prune` deleted.
+type Removed struct {
+	ID    string `json:"id"`
+	Name  string `json:"name"`
+	Bytes int64  `json:"bytes"` // that the upper had on disk
 }
 
 // PathOptions name a path in an image.
@@ -136,6 +157,82 @@ type PathOptions struct {
 	ImageOptions
 	Path      string `json:"path"`
 	Recursive bool   `json:"recursive,omitempty"`
+}
+
+// ExportOptions name a mount, or else an image, and a path in it.
+type ExportOptions struct {
+	ImageOptions        // Image is the name of a mount, an id, a directory in one, or an image
+	Path         string `json:"path,omitempty"` // "" is all of it
+	Follow       bool   `json:"follow,omitempty"`
+}
+
+// Delta is a line of `varve diff`.
+type Delta struct {
+	Kind string `json:"Type"` // A, C or D, as docker says
+	Path string `json:"Path"` // absolute
+	Size int64  `json:"Size"` // bytes of a regular file that was added or changed
+}
+
+// CommitOptions are what `varve commit` asks for.
+type CommitOptions struct {
+	Mount            string     `json:"mount"`
+	Ref              string     `json:"ref,omitempty"` // "" for an image without a name
+	Author           string     `json:"author,omitempty"`
+	Message          string     `json:"message,omitempty"`
+	Changes          []string   `json:"changes,omitempty"`     // Dockerfile instructions
+	NoPause          bool       `json:"no_pause,omitempty"`    // take what is there while it is being written
+	Format           string     `json:"format,omitempty"`      // "" for the base's; oci, docker
+	Compression      string     `json:"compression,omitempty"` // "" for estargz
+	Squash           bool       `json:"squash,omitempty"`
+	DryRun           bool       `json:"dry_run,omitempty"`
+	Include          []string   `json:"include,omitempty"`
+	Exclude          []string   `json:"exclude,omitempty"`
+	Created          *time.Time `json:"created,omitempty"`           // nil for now
+	RewriteTimestamp bool       `json:"rewrite_timestamp,omitempty"` // no file is younger than Created
+	Push             bool       `json:"push,omitempty"`
+	Insecure         bool       `json:"insecure,omitempty"` // where it is pushed to
+	Auth             image.Auth `json:"auth"`
+	AuthConfig       string     `json:"auth_config,omitempty"`
+}
+
+// Committed is what came of a commit.
+type Committed struct {
+	Digest  string  `json:"Digest,omitempty"` // the image ID; "" of a dry run
+	Layer   string  `json:"Layer,omitempty"`  // digest of the new layer; "" if nothing changed
+	Size    int64   `json:"Size"`             // of the new layer's blob
+	Raw     int64   `json:"Raw"`              // of the layer's tar
+	Entries int     `json:"Entries"`          // names in it
+	Fetched int64   `json:"Fetched"`          // bytes of the base that were read for it
+	Deltas  []Delta `json:"Deltas,omitempty"` // of a dry run
+	Pushed  *Pushed `json:"Pushed,omitempty"`
+}
+
+// Pushed is what a push did with the blobs of an image.
+type Pushed struct {
+	Ref      string `json:"Ref"`
+	Digest   string `json:"Digest"`
+	Size     int64  `json:"Size"`     // of the manifest
+	Uploaded Count  `json:"Uploaded"` // from this machine
+	Mounted  Count  `json:"Mounted"`  // from another repository of the registry
+	Existed  Count  `json:"Existed"`  // were there already
+	Streamed Count  `json:"Streamed"` // from another registry, through this machine
+}
+
+// Count is a number of blobs and their bytes.
+type Count struct {
+	Blobs int   `json:"Blobs"`
+	Bytes int64 `json:"Bytes"`
+}
+
+// PushOptions are what `varve push` asks for.
+type PushOptions struct {
+	ImageOptions
+}
+
+// SaveOptions are what `varve save` asks for.
+type SaveOptions struct {
+	Refs []string `json:"refs"`
+	ImageOptions
 }
 
 // File is a name of an image, as `varve ls` shows it.
@@ -161,11 +258,24 @@ type Version struct {
 	Root      string `json:"State,omitempty"`
 }
 
+// Status is a change of state of one of the things that something is done to, a
+// layer mostly, in the keys of docker's streams.
+type Status struct {
+	ID      string `json:"id,omitempty"`
+	Status  string `json:"status"` // in docker's words
+	Current int64  `json:"current,omitempty"`
+	Total   int64  `json:"total,omitempty"` // 0: no bar
+}
+
 // event is a line of an answer that takes its time: progress, then a result or
 // an error.
 type event struct {
-	Progress string `json:"progress,omitempty"`
-	Warning  string `json:"warning,omitempty"`
-	Mount    *Mount `json:"mount,omitempty"`
-	Error    *Error `json:"error,omitempty"`
+	Progress string     `json:"progress,omitempty"`
+	Warning  string     `json:"warning,omitempty"`
+	Status   *Status    `json:"status,omitempty"`
+	Mount    *Mount     `json:"mount,omitempty"`
+	Commit   *Committed `json:"commit,omitempty"`
+	Push     *Pushed    `json:"push,omitempty"`
+	Saved    bool       `json:"saved,omitempty"`
+	Error    *Error     `json:"error,omitempty"`
 }

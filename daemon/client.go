@@ -27,6 +27,8 @@ type Client struct {
 	Start bool
 	// Notice is told of progress and warnings. It may be nil.
 	Notice func(line string)
+	// Status is told how far single things are. It may be nil.
+	Status func(Status)
 }
 
 // NewClient gives a client. It connects when it is first used.
@@ -166,9 +168,28 @@ func (c *Client) get(ctx context.Context, method, path string, in, out any) erro
 
 // Mount mounts an image and gives what came of it.
 func (c *Client) Mount(ctx context.Context, o MountOptions) (*Mount, error) {
-	resp, err := c.do(ctx, http.MethodPost, "/v1/mounts", o)
+	e, err := c.follow(ctx, "/v1/mounts", o)
+	return e.Mount, err
+}
+
+// Commit makes an image of a mount's changes.
+func (c *Client) Commit(ctx context.Context, o CommitOptions) (*Committed, error) {
+	e, err := c.follow(ctx, "/v1/commit", o)
+	return e.Commit, err
+}
+
+// Push sends an image to its registry.
+func (c *Client) Push(ctx context.Context, o PushOptions) (*Pushed, error) {
+	e, err := c.follow(ctx, "/v1/push", o)
+	return e.Push, err
+}
+
+// follow sends a request whose answer takes its time, tells what goes on, and
+// gives the last event.
+func (c *Client) follow(ctx context.Context, path string, in any) (event, error) {
+	resp, err := c.do(ctx, http.MethodPost, path, in)
 	if err != nil {
-		return nil, err
+		return event{}, err
 	}
 	defer resp.Body.Close()
 	dec := json.NewDecoder(resp.Body)
@@ -176,20 +197,27 @@ func (c *Client) Mount(ctx context.Context, o MountOptions) (*Mount, error) {
 		var e event
 		if err := dec.Decode(&e); err != nil {
 			if ctx.Err() != nil {
-				return nil, ctx.Err()
+				return e, ctx.Err()
 			}
-			return nil, fmt.Errorf("the daemon went away: %w", err)
+			return e, fmt.Errorf("the daemon went away: %w", err)
 		}
 		switch {
 		case e.Error != nil:
-			return nil, e.Error
-		case e.Mount != nil:
-			return e.Mount, nil
-		case c.Notice == nil:
+			return e, e.Error
+		case e.Status != nil:
+			if c.Status != nil {
+				c.Status(*e.Status)
+			}
 		case e.Warning != "":
-			c.Notice("warning: " + e.Warning)
+			if c.Notice != nil {
+				c.Notice("warning: " + e.Warning)
+			}
 		case e.Progress != "":
-			c.Notice(e.Progress)
+			if c.Notice != nil {
+				c.Notice(e.Progress)
+			}
+		default:
+			return e, nil
 		}
 	}
 }
@@ -255,7 +283,24 @@ const errorTrailer = "Varve-Error"
 
 // Cat writes a file of an image to w.
 func (c *Client) Cat(ctx context.Context, o PathOptions, w io.Writer) error {
-	resp, err := c.do(ctx, http.MethodPost, "/v1/cat", o)
+	return c.copy(ctx, "/v1/cat", o, w)
+}
+
+// Export writes the flat tar of a mount, an image or a path in one to w. The tar
+// of a path begins with its last name.
+func (c *Client) Export(ctx context.Context, o ExportOptions, w io.Writer) error {
+	return c.copy(ctx, "/v1/export", o, w)
+}
+
+// Save writes images to w as one tar that docker and OCI tools load.
+func (c *Client) Save(ctx context.Context, o SaveOptions, w io.Writer) error {
+	return c.copy(ctx, "/v1/save", o, w)
+}
+
+// copy writes an answer that is bytes to w. What went wrong on the way is in its
+// trailer.
+func (c *Client) copy(ctx context.Context, path string, in any, w io.Writer) error {
+	resp, err := c.do(ctx, http.MethodPost, path, in)
 	if err != nil {
 		return err
 	}
@@ -271,4 +316,25 @@ func (c *Client) Cat(ctx context.Context, o PathOptions, w io.Writer) error {
 		return e
 	}
 	return nil
+}
+
+// Stat tells of a path in a mount or an image; with Follow, of what the last
+// symlink leads to.
+func (c *Client) Stat(ctx context.Context, o ExportOptions) (f File, err error) {
+	return f, c.get(ctx, http.MethodPost, "/v1/stat", o, &f)
+}
+
+// Diff lists what changed in a mount.
+func (c *Client) Diff(ctx context.Context, mount string) (ds []Delta, err error) {
+	return ds, c.get(ctx, http.MethodPost, "/v1/diff", UnmountOptions{Mount: mount}, &ds)
+}
+
+// Remove deletes a mount that is not mounted, and its changes.
+func (c *Client) Remove(ctx context.Context, o UnmountOptions) (r Removed, err error) {
+	return r, c.get(ctx, http.MethodPost, "/v1/rm", o, &r)
+}
+
+// Prune deletes all mounts that are not mounted, and their changes.
+func (c *Client) Prune(ctx context.Context) (rs []Removed, err error) {
+	return rs, c.get(ctx, http.MethodPost, "/v1/prune", struct{}{}, &rs)
 }

@@ -64,5 +64,8 @@ func LoadConfig(d Dirs) (Config, error) {
 	return c, nil
 }
 
+// Auth says where registry credentials are, never what they are.
+type Auth = image.Auth
+
 // AuthFromEnv says where this process's user keeps registry credentials.
-func AuthFromEnv() image.Auth { return image.AuthFromEnv() }
+func AuthFromEnv() Auth { return image.AuthFromEnv() }

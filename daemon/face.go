@@ -28,13 +28,16 @@ type faces struct {
 	d     *Daemon
 	probe func() error
 
+	lowering sync.Mutex // held while a lower comes or goes; taken before mu
+
 	mu     sync.Mutex // guards what follows
 	data   *fs.DataFiles
 	served *fs.Served
+	lowers map[string]*lower // by directory
 }
 
 func newFaces(d *Daemon) *faces {
-	f := &faces{d: d}
+	f := &faces{d: d, lowers: map[string]*lower{}}
 	f.probe = sync.OnceValue(f.tryKernel)
 	return f
 }
@@ -67,8 +70,12 @@ func (f *faces) choose(asked string) (kind, reason string, err error) {
 	return faceFuse, "no kernel face: " + why.Error(), nil
 }
 
+func (f *faces) options(t *tree, setuid bool) fs.Options {
+	return fs.Options{Metrics: f.d.m, Log: f.d.log, Setuid: setuid, Xattrs: t.index.HasXattrs(), Fault: f.d.treeFault(t.layers)}
+}
+
 func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
-	o := fs.Options{Metrics: f.d.m, Log: f.d.log, Setuid: setuid, Xattrs: t.index.HasXattrs(), Fault: f.d.treeFault(t.layers)}
+	o := f.options(t, setuid)
 	if kind == faceKernel {
 		paths := make([]string, len(t.layers))
 		for i, l := range t.layers {
@@ -84,11 +91,7 @@ func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 		}
 		return k, nil
 	}
-	data := make([]fs.Data, len(t.layers))
-	for i, l := range t.layers {
-		data[i] = l
-	}
-	s, err := fs.Serve(dir, fs.NewTree(t.index.Image, data, o), o)
+	s, err := fs.Serve(dir, fs.NewTree(t.index.Image, t.data(), o), o)
 	if err != nil {
 		return nil, err
 	}

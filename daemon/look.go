@@ -116,78 +116,37 @@ func (d *Daemon) look(ctx context.Context, o PathOptions, follow bool) (*tree, i
 	return t, in, nil
 }
 
+// maxFollow is how many symlinks one path may lead through: the kernel's
+// MAXSYMLINKS.
+const maxFollow = 40
+
+// resolve finds a path in the image.
 func (t *tree) resolve(path string, follow bool) (index.Inode, error) {
-	const maxFollow = 40 // as the kernel's MAXSYMLINKS
-	root, err := t.index.Inode(t.index.Root())
+	m := merged{tree: t}
+	p, err := m.resolve(path, follow)
 	if err != nil {
-		return root, err
+		return index.Inode{}, err
 	}
-	at := []index.Inode{root}
-	followed := 0
-	for rest := path; rest != ""; {
-		var part string
-		part, rest, _ = strings.Cut(rest, "/")
-		cur := &at[len(at)-1]
-		switch part {
-		case "", ".":
-			continue
-		case "..":
-			at = at[:max(1, len(at)-1)]
-			continue
-		}
-		if !cur.IsDir() {
-			return *cur, unix.ENOTDIR
-		}
-		nid, err := t.index.Lookup(cur, part)
-		if err != nil {
-			return *cur, err
-		}
-		in, err := t.index.Inode(nid)
-		if err != nil {
-			return in, err
-		}
-		if in.Mode&unix.S_IFMT == unix.S_IFLNK && (follow || strings.Trim(rest, "/") != "") {
-			if followed++; followed > maxFollow {
-				return in, unix.ELOOP
-			}
-			link, err := t.index.Readlink(&in)
-			if err != nil {
-				return in, err
-			}
-			if len(link) > 0 && link[0] == '/' {
-				at = at[:1]
-			}
-			rest = string(link) + "/" + rest
-			continue
-		}
-		at = append(at, in)
-	}
-	return at[len(at)-1], nil
+	return *p.in, nil
 }
 
-// handleCat sends a file of an image, fetching only what it needs. What goes
-// wrong on the way is said in the trailer.
-func (d *Daemon) handleCat(w http.ResponseWriter, r *http.Request) {
-	var o PathOptions
-	if !decode(w, r, &o) {
-		return
-	}
-	t, in, err := d.look(r.Context(), o, true)
+// cat gives what writes a file of an image, fetching only what it needs.
+func (d *Daemon) cat(ctx context.Context, o PathOptions) (func(io.Writer) error, error) {
+	t, in, err := d.look(ctx, o, true)
 	if err != nil {
-		reply(w, nil, err)
-		return
+		return nil, err
 	}
-	defer t.close()
 	if in.Mode&unix.S_IFMT != unix.S_IFREG {
-		reply(w, nil, fmt.Errorf("%s: %s: not a regular file", o.Image, o.Path))
-		return
+		t.close()
+		return nil, fmt.Errorf("%s: %s: not a regular file", o.Image, o.Path)
 	}
-	w.Header().Set("Trailer", errorTrailer)
-	w.WriteHeader(http.StatusOK)
-	if err := t.copy(r.Context(), w, &in); err != nil {
-		msg, _ := json.Marshal(wire(fmt.Errorf("%s: %s: %w", o.Image, o.Path, err)))
-		w.Header().Set(errorTrailer, string(msg))
-	}
+	return func(w io.Writer) error {
+		defer t.close()
+		if err := t.copy(ctx, w, &in); err != nil {
+			return fmt.Errorf("%s: %s: %w", o.Image, o.Path, err)
+		}
+		return nil
+	}, nil
 }
 
 // copy writes a file's bytes to w, a step at a time.

@@ -14,19 +14,23 @@ import (
 	"time"
 
 	"github.com/varvefs/varve/fs"
+	"github.com/varvefs/varve/fs/upper"
 	"github.com/varvefs/varve/image"
 )
 
 // record is what a mount needs to come back after a restart.
 type record struct {
 	MountOptions
-	ID      string    `json:"id"`
-	Target  string    `json:"target"`
-	OwnDir  bool      `json:"own_dir"` // we made the directory and remove it
-	Created time.Time `json:"created"`
+	ID        string     `json:"id"`
+	Target    string     `json:"target"`
+	OwnDir    bool       `json:"own_dir"`             // we made the directory and remove it
+	OwnUpper  bool       `json:"own_upper,omitempty"` // the upper lies in the state directory
+	Unmounted *time.Time `json:"unmounted,omitempty"` // since when only its changes are kept
+	Created   time.Time  `json:"created"`
 }
 
-// mount is a mount, or the record of one that could not be brought back.
+// mount is a mount, or the record of one that is down: it could not be brought
+// back, or it was unmounted and has changes to keep.
 type mount struct {
 	record
 	d      *Daemon
@@ -35,6 +39,15 @@ type mount struct {
 	kind   string
 	reason string
 	err    error // why it is down
+	coming bool  // on its way up for a client
+
+	jobs int // what reads the upper now, see [mount.use]; guarded by Daemon.mu
+
+	// Of a writable mount that is up.
+	upper         *upper.Dir
+	union         *fs.Union // nil where the kernel writes
+	overlay       string
+	overlayReason string
 }
 
 // Mount mounts an image.
@@ -47,65 +60,137 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 		}
 		d.m.MountSeconds.WithLabelValues(result).Observe(time.Since(start).Seconds())
 	}()
-	m := &mount{record: record{MountOptions: o, ID: newID(), Created: start}, d: d}
-	if err := d.reserve(m); err != nil {
+	m, err := d.reserve(o)
+	if err != nil {
 		return nil, err
 	}
+	again := m.Unmounted
 	if err = m.up(ctx, n); err == nil {
-		m.Target = m.tree.manifest.Target.String()
+		m.Target, m.Unmounted = m.tree.manifest.Target.String(), nil
 		err = m.save()
 	}
 	d.mu.Lock()
 	if err != nil {
 		m.down(true)
+		m.Unmounted = again
 		d.mu.Unlock()
-		d.forget(m)
+		if again == nil {
+			d.forget(m)
+		} else {
+			m.removeDir()
+		}
 		return nil, err
 	}
 	v := m.view(true)
 	d.mu.Unlock()
-	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", m.kind, "dur", time.Since(start))
+	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", m.kind, "overlay", m.overlay, "dur", time.Since(start))
 	return &v, nil
 }
 
-// reserve gives m its name and directory, both for itself alone.
-func (d *Daemon) reserve(m *mount) error {
-	name, err := image.ParseName(m.Image)
-	if err != nil {
-		return fmt.Errorf("%w%w", err, silent{errUsage})
+// reserve gives a mount its name and directory, both for itself alone. A name
+// whose changes are kept brings that mount back.
+func (d *Daemon) reserve(o MountOptions) (*mount, error) {
+	if !o.RW && (o.Upper != "" || o.Overlay != "") && o.Image != "" {
+		return nil, fmt.Errorf("--upper and --overlay are for writable mounts: give --rw as well%w", silent{errUsage})
 	}
-	m.Image = name.String()
-	if real, err := filepath.EvalSymlinks(m.Dir); err == nil && m.Dir != "" {
-		m.Dir = real // a mount lies on a directory, not on a link to one
+	if real, err := filepath.EvalSymlinks(o.Dir); err == nil && o.Dir != "" {
+		o.Dir = real // a mount lies on a directory, not on a link to one
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if m.Name == "" {
-		m.Name = d.freeName(name)
-	} else if !validName.MatchString(m.Name) {
-		return fmt.Errorf("name %q: want letters, digits, '_', '.' and '-', a letter or digit first%w", m.Name, silent{errUsage})
+	m, err := d.named(o)
+	if err != nil {
+		return nil, err
 	}
-	for _, o := range d.mounts {
-		if o.Name == m.Name {
-			return &Error{Message: fmt.Sprintf("the name %q is in use by the mount %s of %s: umount it or choose another with --name", m.Name, o.ID, o.Image), Exit: ExitBusy}
-		}
-		if m.Dir != "" && o.Dir == m.Dir {
-			return &Error{Message: fmt.Sprintf("%s is already the mount %q of %s", m.Dir, o.Name, o.Image), Exit: ExitBusy}
+	for _, other := range d.mounts {
+		if other != m && o.Dir != "" && other.Dir == o.Dir && other.Unmounted == nil {
+			return nil, &Error{Message: fmt.Sprintf("%s is already the mount %q of %s", o.Dir, other.Name, other.Image), Exit: ExitBusy}
 		}
 	}
-	if m.Dir == "" {
+	was := m.record
+	if o.Dir != "" {
+		m.Dir, m.OwnDir = o.Dir, false
+	} else if m.Dir == "" {
 		m.Dir, m.OwnDir = filepath.Join(d.dirs.Mounts(), m.Name), true
+	}
+	if m.OwnDir {
 		if err := os.Mkdir(m.Dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
+			m.record = was
+			return nil, err
 		}
 	}
 	if err := d.checkDir(m.Dir); err != nil {
-		if m.OwnDir {
-			os.Remove(m.Dir) // fails if it is not empty, as it should
-		}
-		return err
+		m.removeDir()
+		m.record = was
+		return nil, err
 	}
+	m.coming = true
 	d.mounts[m.ID] = m
+	return m, nil
+}
+
+// named gives the mount that a request is for: a new one, or one that was
+// unmounted and has its name. The caller holds mu.
+func (d *Daemon) named(o MountOptions) (*mount, error) {
+	var kept *mount
+	for _, other := range d.mounts {
+		if o.Name == "" || other.Name != o.Name {
+			continue
+		}
+		if other.Unmounted == nil || other.coming || other.jobs < 0 {
+			return nil, &Error{Message: fmt.Sprintf("the name %q is in use by the mount %s of %s: umount it or choose another with --name", o.Name, other.ID[:12], other.Image), Exit: ExitBusy}
+		}
+		kept = other
+	}
+	if o.Image == "" && kept == nil {
+		if o.Name == "" {
+			return nil, fmt.Errorf("the image is missing%w", silent{errUsage})
+		}
+		return nil, fmt.Errorf("No such mount: %s: there are no changes to bring back (varve ps -a lists what there is)%w", o.Name, silent{errNoMount})
+	}
+	if kept != nil {
+		return kept, kept.again(o)
+	}
+	name, err := image.ParseName(o.Image)
+	if err != nil {
+		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
+	}
+	o.Image = name.String()
+	if o.Name == "" {
+		o.Name = d.freeName(name)
+	} else if !validName.MatchString(o.Name) {
+		return nil, fmt.Errorf("name %q: want letters, digits, '_', '.' and '-', a letter or digit first%w", o.Name, silent{errUsage})
+	}
+	return &mount{record: record{MountOptions: o, ID: newID(), Created: time.Now()}, d: d}, nil
+}
+
+// again prepares a mount whose changes were kept for coming back, as o asks.
+func (m *mount) again(o MountOptions) error {
+	refuse := func(format string, args ...any) error {
+		return &Error{Message: fmt.Sprintf("the name %q keeps changes to %s", m.Name, m.Image) + fmt.Sprintf(format, args...), Exit: ExitBusy}
+	}
+	if o.Image != "" {
+		name, err := image.ParseName(o.Image)
+		if err != nil {
+			return fmt.Errorf("%w%w", err, silent{errUsage})
+		}
+		if name.String() != m.Image {
+			return refuse(": `varve rm %s` deletes them, --name chooses another name", m.Name)
+		}
+	}
+	if o.Upper != "" && o.Upper != m.Upper {
+		return refuse(" in %s: leave --upper away, or choose another name", m.Upper)
+	}
+	m.Auth, m.AuthConfig, m.Offline = o.Auth, o.AuthConfig, o.Offline
+	m.Insecure = m.Insecure || o.Insecure
+	if o.Overlay != "" {
+		m.Overlay = o.Overlay
+	}
+	if o.Face != "" {
+		m.Face = o.Face
+	}
+	m.Setuid = o.Setuid
+	m.target = m.Target
 	return nil
 }
 
@@ -198,7 +283,7 @@ func newID() string {
 	return hex.EncodeToString(b)
 }
 
-// up opens the image and mounts its face.
+// up opens the image and mounts its face, the upper over it if there is one.
 func (m *mount) up(ctx context.Context, n note) error {
 	kind, reason, err := m.d.faces.choose(m.Face)
 	if err != nil {
@@ -208,54 +293,88 @@ func (m *mount) up(ctx context.Context, n note) error {
 	if err != nil {
 		return err
 	}
-	f, err := m.d.faces.mount(m.Dir, kind, t, m.Setuid)
+	var f face
+	if m.RW {
+		f, err = m.writable(t, kind)
+	} else {
+		f, err = m.d.faces.mount(m.Dir, kind, t, m.Setuid)
+	}
 	if err != nil {
 		t.close()
 		return err
 	}
+	if m.union != nil {
+		kind, reason = faceFuse, "the daemon writes the upper itself"
+	}
 	m.d.mu.Lock()
 	defer m.d.mu.Unlock()
-	m.tree, m.face, m.kind, m.reason, m.err = t, f, kind, reason, nil
+	m.tree, m.face, m.kind, m.reason, m.err, m.coming = t, f, kind, reason, nil, false
 	m.d.m.Mounts.WithLabelValues("mounted", kind).Inc()
 	return nil
 }
 
 // down takes the face away. The caller holds mu.
 func (m *mount) down(lazy bool) error {
+	m.coming = false
 	if m.tree == nil {
 		return nil
+	}
+	if m.jobs > 0 {
+		return &Error{Message: fmt.Sprintf("the mount %q is being read (committed or exported): try again when that has ended", m.Name), Exit: ExitBusy}
 	}
 	if err := m.face.Unmount(lazy); err != nil {
 		return err
 	}
 	m.d.m.Mounts.WithLabelValues("mounted", m.kind).Dec()
-	t, done := m.tree, m.face.Done()
-	m.tree, m.face = nil, nil
+	t, up, done := m.tree, m.upper, m.face.Done()
+	m.tree, m.face, m.upper, m.union = nil, nil, nil, nil
+	end := func() {
+		if up != nil {
+			up.Close()
+		}
+		t.close()
+	}
 	select {
 	case <-done:
-		t.close()
+		end()
 	default:
 		// Somebody is still in it and reads from the index.
-		go func() { <-done; t.close() }()
+		go func() { <-done; end() }()
 	}
 	return nil
 }
 
-// forget removes all trace of a mount that is down.
+// forget removes all trace of a mount that is down, its changes too if it was
+// never up.
 func (d *Daemon) forget(m *mount) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.mounts, m.ID)
 	os.Remove(d.recordPath(m.ID))
+	m.removeDir()
+	if m.OwnUpper {
+		m.dropUpper()
+	}
+}
+
+// removeDir removes the directory that was made for the mount. It fails if it is
+// not empty, as it should.
+func (m *mount) removeDir() {
 	if m.OwnDir {
 		os.Remove(m.Dir)
 	}
 }
 
-// Unmount ends a mount and forgets it.
+// Unmount ends a mount. One that cannot be written is forgotten, one that can
+// keeps its changes until they are removed.
 func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 	d.mu.Lock()
 	m, err := d.find(o.Mount)
+	if err == nil && m.Unmounted != nil && !m.coming {
+		if err = &(Error{Message: fmt.Sprintf("%s is not mounted: `varve rm %[1]s` deletes its changes", m.Name), Exit: ExitError}); o.Remove {
+			err = nil
+		}
+	}
 	if err == nil {
 		if err = m.down(o.Lazy); errors.Is(err, fs.ErrBusy) {
 			err = fmt.Errorf("%s is busy: %s%w", m.Dir, whoIsIn(m.Dir), silent{fs.ErrBusy})
@@ -264,11 +383,24 @@ func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 			}
 		}
 	}
+	keep := err == nil && m.RW && m.Target != ""
+	if keep && m.Unmounted == nil {
+		m.Unmounted, m.err = now(), nil
+		err = m.save()
+		m.removeDir()
+	}
 	d.mu.Unlock()
 	if err != nil {
 		return "", err
 	}
-	d.forget(m)
+	switch {
+	case !keep:
+		d.forget(m)
+	case o.Remove:
+		if _, err := d.Remove(UnmountOptions{Mount: m.ID}); err != nil {
+			return "", err
+		}
+	}
 	d.log.Info("unmounted", "mount", m.Name, "dir", m.Dir)
 	return m.Name, nil
 }
@@ -287,7 +419,7 @@ func (d *Daemon) find(s string) (*mount, error) {
 		}
 	}
 	for _, m := range d.mounts {
-		if m.Name == s || m.Dir == dir {
+		if m.Name == s || m.Dir == dir && (m.Unmounted == nil || m.coming) {
 			return m, nil
 		}
 		if len(s) >= 3 && strings.HasPrefix(m.ID, s) {
@@ -301,6 +433,25 @@ func (d *Daemon) find(s string) (*mount, error) {
 		return byID[0], nil
 	}
 	return nil, fmt.Errorf("%q is the beginning of %d ids: give more of it", s, len(byID))
+}
+
+// findIn is find for those who only read: a directory may also lie in the mount,
+// as for git. The caller holds mu.
+func (d *Daemon) findIn(s string) (*mount, error) {
+	m, err := d.find(s)
+	if err == nil || !filepath.IsAbs(s) {
+		return m, err
+	}
+	var best *mount
+	for _, o := range d.mounts {
+		if o.tree != nil && within(filepath.Clean(s), o.Dir) && (best == nil || len(o.Dir) > len(best.Dir)) {
+			best = o
+		}
+	}
+	if best != nil {
+		return best, nil
+	}
+	return m, err
 }
 
 // silent keeps a sentinel in the chain of an error whose text says it already.
@@ -326,11 +477,17 @@ func (d *Daemon) list() []Mount {
 func (d *Daemon) inspect(s string) (Mount, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	m, err := d.find(s)
+	m, err := d.findIn(s)
 	if err != nil {
 		return Mount{}, err
 	}
-	return m.view(true), nil
+	v := m.view(true)
+	if m.upper != nil {
+		if v.UpperBytes, _, err = m.upper.Usage(context.Background()); err != nil {
+			return v, err
+		}
+	}
+	return v, nil
 }
 
 // view says what is known of m.
@@ -339,11 +496,18 @@ func (m *mount) view(layers bool) Mount {
 	v := Mount{
 		ID: m.ID, Name: m.Name, Image: name.Familiar(), Target: m.Target, Dir: m.Dir, Created: m.Created,
 		State: "mounted", Face: m.kind, FaceReason: m.reason, Offline: m.Offline, Platform: m.Platform,
+		RW: m.RW, Upper: m.Upper, Overlay: m.overlay, OverlayReason: m.overlayReason, Unmounted: m.Unmounted,
 	}
 	if m.tree == nil {
-		v.State = "restoring"
-		if m.err != nil {
+		switch {
+		case m.coming:
+			v.State = "restoring"
+		case m.err != nil:
 			v.State, v.Error = "failed", m.err.Error()
+		case m.Unmounted != nil:
+			v.State = "unmounted"
+		default:
+			v.State = "restoring"
 		}
 		return v
 	}

@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/varvefs/varve/fetch"
+	"github.com/varvefs/varve/fs"
 	"github.com/varvefs/varve/image"
 )
 
@@ -23,21 +26,37 @@ func (n note) warn(format string, args ...any)     { n(event{Warning: fmt.Sprint
 // tree is an image ready to be read: its manifest, its layers and their index.
 type tree struct {
 	manifest *image.Manifest
-	source   image.Source // nil when offline
+	blobs    *blobs
 	layers   []*fetch.Handle
 	index    *sharedIndex
+	refs     atomic.Int32 // beyond the first
 }
 
+func (t *tree) retain() { t.refs.Add(1) }
+
+// close gives up a reference; with the last, everything is closed.
 func (t *tree) close() {
+	if t.refs.Add(-1) >= 0 {
+		return
+	}
 	for _, l := range t.layers {
 		l.Close()
 	}
 	if t.index != nil {
 		t.index.release()
 	}
-	if t.source != nil {
-		t.source.Close()
+	if t.blobs != nil {
+		t.blobs.Close()
 	}
+}
+
+// data gives the layers as the faces read them.
+func (t *tree) data() []fs.Data {
+	data := make([]fs.Data, len(t.layers))
+	for i, l := range t.layers {
+		data[i] = l
+	}
+	return data
 }
 
 // open makes an image readable. The manifest comes from the local store or the
@@ -61,10 +80,22 @@ func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err
 	if err != nil && (o.Pull == "always" || !errors.Is(err, image.ErrNotFound)) {
 		return nil, err
 	}
-	t.source = src
+	t.blobs = &blobs{d: d}
+	if src != nil {
+		t.blobs.sources = []image.Source{src}
+	}
 	var config []byte
 	if t.manifest, config, err = d.manifest(ctx, src, name, o, n); err != nil {
 		return nil, err
+	}
+	// An image that was made here has its layers in the repositories of what it
+	// was made of, and in its own only if it was pushed.
+	for _, from := range slices.Backward(t.manifest.Sources) {
+		if s, err := d.source(from, o); err != nil {
+			n.warn("%v", err)
+		} else if s != nil {
+			t.blobs.sources = slices.Insert(t.blobs.sources, 0, s)
+		}
 	}
 	if err := d.openLayers(ctx, t, config, o, n); err != nil {
 		return nil, fmt.Errorf("%s: %w", name.Familiar(), err)
@@ -140,7 +171,10 @@ func (d *Daemon) openLayers(ctx context.Context, t *tree, config []byte, o Image
 		if config != nil {
 			return config, nil
 		}
-		return t.source.Config(ctx, t.manifest)
+		if len(t.blobs.sources) == 0 {
+			return nil, fmt.Errorf("config %.19s: %w", t.manifest.ConfigDesc.Digest, fetch.ErrOffline)
+		}
+		return t.blobs.sources[len(t.blobs.sources)-1].Config(ctx, t.manifest)
 	})
 	diffIDs := sync.OnceValues(func() ([]string, error) { return d.diffIDs(t.manifest, getConfig, o.Platform) })
 	t.layers = make([]*fetch.Handle, len(t.manifest.Layers))
@@ -158,12 +192,9 @@ func (d *Daemon) openLayers(ctx context.Context, t *tree, config []byte, o Image
 				},
 				Progress: n.progress,
 			}
-			if t.source != nil {
-				b, err := t.source.Blob(l)
-				if err != nil {
-					return err
-				}
-				q.Blob = d.blob(b)
+			var err error
+			if q.Blob, err = t.blobs.blob(l); err != nil {
+				return err
 			}
 			h, err := d.fetcher.Open(ctx, q)
 			t.layers[i] = h
@@ -215,18 +246,6 @@ func (d *Daemon) diffIDs(m *image.Manifest, getConfig func() ([]byte, error), pl
 		out[i] = id.String()
 	}
 	return out, nil
-}
-
-// blob wires what image says of a blob to what fetch reads.
-func (d *Daemon) blob(b image.Blob) fetch.Blob {
-	if b.Local != nil {
-		return fetch.File{R: b.Local, N: b.Size}
-	}
-	origins := make([]fetch.Origin, len(b.Origins))
-	for i, o := range b.Origins {
-		origins[i] = fetch.Origin{URL: o.URL, Transport: o.Transport}
-	}
-	return fetch.NewRemote(b.Size, d.m, origins...)
 }
 
 func opened(hs []*fetch.Handle) (out []*fetch.Handle) {

@@ -69,6 +69,9 @@ func (d *Daemon) restore(ctx context.Context) {
 			continue
 		}
 		d.mounts[m.ID] = m
+		if m.Unmounted != nil {
+			continue
+		}
 		wg.Go(func() {
 			outcome := "remounted"
 			if err := d.bringBack(ctx, m); err != nil {
@@ -85,12 +88,21 @@ func (d *Daemon) restore(ctx context.Context) {
 
 // sweep removes the directories of mounts that a daemon was killed over before
 // it had recorded them. One with anything in it, or mounted on it, stays; those
-// of mounts that come back are made again.
+// of mounts that come back are made again. It ends what else was left half done.
 func (d *Daemon) sweep() {
 	dirs, _ := filepath.Glob(filepath.Join(d.dirs.Mounts(), "*"))
 	for _, dir := range dirs {
 		os.Remove(dir)
 	}
+	// What the kernel's overlayfs lay on is held by that, not by its name.
+	lowers, _ := filepath.Glob(filepath.Join(d.dirs.Run, "lower", "*"))
+	for _, dir := range lowers {
+		if err := fs.Detach(dir); err != nil {
+			d.log.Warn("a mount of an earlier run stays", "dir", dir, "err", err)
+		}
+		os.Remove(dir)
+	}
+	d.sweepUppers()
 }
 
 func (d *Daemon) bringBack(ctx context.Context, m *mount) error {

@@ -174,11 +174,28 @@ func (d *Daemon) mux() *http.ServeMux {
 		reply(w, v, nil)
 	})
 	mux.HandleFunc("GET /v1/mounts", func(w http.ResponseWriter, r *http.Request) { reply(w, d.list(), nil) })
-	mux.HandleFunc("POST /v1/mounts", d.handleMount)
+	follow(mux, "POST /v1/mounts", func(ctx context.Context, o MountOptions, n note) (event, error) {
+		m, err := d.Mount(ctx, o, n)
+		return event{Mount: m}, err
+	})
+	follow(mux, "POST /v1/commit", func(ctx context.Context, o CommitOptions, n note) (event, error) {
+		c, err := d.Commit(ctx, o, n)
+		return event{Commit: c}, err
+	})
+	follow(mux, "POST /v1/push", func(ctx context.Context, o PushOptions, n note) (event, error) {
+		p, err := d.Push(ctx, o, n)
+		return event{Push: p}, err
+	})
+	handle(mux, "POST /v1/diff", func(ctx context.Context, o UnmountOptions) (any, error) { return d.Diff(ctx, o.Mount) })
+	handle(mux, "POST /v1/rm", func(_ context.Context, o UnmountOptions) (any, error) { return d.Remove(o) })
+	handle(mux, "POST /v1/prune", func(context.Context, struct{}) (any, error) { return d.Prune() })
+	handle(mux, "POST /v1/stat", func(ctx context.Context, o ExportOptions) (any, error) { return d.stat(ctx, o) })
+	pour(mux, "POST /v1/export", d.export)
+	pour(mux, "POST /v1/save", d.save)
 	handle(mux, "POST /v1/unmount", func(_ context.Context, o UnmountOptions) (any, error) { return d.Unmount(o) })
 	handle(mux, "POST /v1/inspect", func(_ context.Context, o UnmountOptions) (any, error) { return d.inspect(o.Mount) })
 	mux.HandleFunc("POST /v1/ls", d.handleList)
-	mux.HandleFunc("POST /v1/cat", d.handleCat)
+	pour(mux, "POST /v1/cat", d.cat)
 	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, r *http.Request) {
 		reply(w, struct{}{}, nil)
 		d.stop()
@@ -227,18 +244,42 @@ func reply(w http.ResponseWriter, out any, err error) {
 	json.NewEncoder(w).Encode(out)
 }
 
-// handleMount streams progress, then the mount or an error. A client that goes
-// away cancels what it asked for.
-func (d *Daemon) handleMount(w http.ResponseWriter, r *http.Request) {
-	var o MountOptions
-	if !decode(w, r, &o) {
-		return
-	}
-	s := &stream{enc: json.NewEncoder(w), flush: http.NewResponseController(w)}
-	m, err := d.Mount(r.Context(), o, s.send)
-	if err != nil {
-		s.send(event{Error: wire(err)})
-		return
-	}
-	s.send(event{Mount: m})
+// follow registers a call that tells what goes on, then gives a result or an
+// error. A client that goes away cancels what it asked for.
+func follow[In any](mux *http.ServeMux, pattern string, call func(context.Context, In, note) (event, error)) {
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		var in In
+		if !decode(w, r, &in) {
+			return
+		}
+		s := &stream{enc: json.NewEncoder(w), flush: http.NewResponseController(w)}
+		e, err := call(r.Context(), in, s.send)
+		if err != nil {
+			e = event{Error: wire(err)}
+		}
+		s.send(e)
+	})
+}
+
+// pour registers a call whose answer is bytes. open says what is wrong before
+// the first of them, or gives what writes them; what goes wrong on the way is
+// said in the trailer.
+func pour[In any](mux *http.ServeMux, pattern string, open func(context.Context, In) (func(io.Writer) error, error)) {
+	mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		var in In
+		if !decode(w, r, &in) {
+			return
+		}
+		write, err := open(r.Context(), in)
+		if err != nil {
+			reply(w, nil, err)
+			return
+		}
+		w.Header().Set("Trailer", errorTrailer)
+		w.WriteHeader(http.StatusOK)
+		if err := write(w); err != nil {
+			msg, _ := json.Marshal(wire(err))
+			w.Header().Set(errorTrailer, string(msg))
+		}
+	})
 }

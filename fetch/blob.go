@@ -63,3 +63,14 @@ func (a anyOf) Open(ctx context.Context, off, n int64) (body io.ReadCloser, at i
 	}
 	return nil, 0, err
 }
+
+// remote reports whether a blob's bytes come over the network.
+func remote(b Blob) bool {
+	switch b := b.(type) {
+	case File:
+		return false
+	case anyOf:
+		return remote(b[0])
+	}
+	return true
+}

@@ -259,6 +259,19 @@ func (l *Layer) documents(raw []byte) (err error) {
 	return nil
 }
 
+// Stream reads a blob from an offset to its end as it lies in its registry,
+// unverified. A connection that breaks or stalls is made again from where it
+// stopped. The caller closes it.
+func (f *Fetcher) Stream(ctx context.Context, b Blob, off int64) io.ReadCloser {
+	const reason = "copy"
+	r := newReader(withReason(ctx, reason), b, off, b.Size(), f.patience)
+	if remote(b) {
+		r.count = func(n int) { f.m.FetchBytes.WithLabelValues(reason).Add(float64(n)) }
+		r.retry = f.m.FetchRetries.WithLabelValues(reason).Inc
+	}
+	return r
+}
+
 // Entries reads the layer's names. They are not kept in memory. If they are
 // damaged, the next who opens the layer has it made again.
 func (l *Layer) Entries() ([]index.Entry, error) {

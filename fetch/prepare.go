@@ -93,9 +93,11 @@ func (p *preparation) section(off, n int64) ([]byte, error) {
 func (p *preparation) reader(off, end int64) *reader {
 	const reason = "index"
 	r := newReader(withReason(p.ctx, reason), p.Blob, off, end, p.patience)
-	r.count = func(n int) {
-		p.fetched += int64(n)
-		p.m.FetchBytes.WithLabelValues(reason).Add(float64(n))
+	if remote(p.Blob) {
+		r.count = func(n int) {
+			p.fetched += int64(n)
+			p.m.FetchBytes.WithLabelValues(reason).Add(float64(n))
+		}
 	}
 	r.retry = p.m.FetchRetries.WithLabelValues(reason).Inc
 	return r

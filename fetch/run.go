@@ -121,9 +121,11 @@ func (l *Layer) again(n int) error {
 // open gives a reader of the blob that counts for this layer.
 func (l *Layer) open(blob Blob, from, to int64) *reader {
 	r := newReader(withReason(l.ctx, "demand"), blob, from, to, l.f.patience)
-	r.count = func(n int) {
-		l.data.AddFetched(int64(n))
-		l.f.m.FetchBytes.WithLabelValues("demand").Add(float64(n))
+	if remote(blob) {
+		r.count = func(n int) {
+			l.data.AddFetched(int64(n))
+			l.f.m.FetchBytes.WithLabelValues("demand").Add(float64(n))
+		}
 	}
 	r.retry = l.f.m.FetchRetries.WithLabelValues("demand").Inc
 	return r

@@ -5,6 +5,7 @@ package fs
 
 import (
 	"errors"
+	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -39,4 +40,31 @@ func status(err error) fuse.Status {
 		return fuse.ENOENT
 	}
 	return fuse.EIO
+}
+
+// lowerError is an error of reading the lower. It hides what it is from
+// [upperStatus]: the EACCES or ENOSPC of the network or the store says nothing
+// of the upper.
+type lowerError struct{ err error }
+
+func (e lowerError) Error() string { return e.err.Error() }
+
+// maxErrno is the highest of the errnos that the kernel takes from a FUSE
+// server, less one (fuse_dev_do_write in fs/fuse/dev.c); from there on they are
+// its own.
+const maxErrno = 511
+
+// upperStatus chooses the errno of an error met in an upper, whose filesystem
+// speaks for itself. It never gives ENOSYS, which the kernel takes for "never ask
+// again", nor EINTR.
+func upperStatus(err error) fuse.Status {
+	errno, ok := err.(syscall.Errno)
+	if !ok && (err == nil || !errors.As(err, &errno)) {
+		return status(err)
+	}
+	switch {
+	case errno == syscall.ENOSYS, errno == syscall.EINTR, errno == 0, errno > maxErrno:
+		return fuse.EIO
+	}
+	return fuse.Status(errno)
 }

@@ -68,6 +68,12 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 			opts.Options = []string{"default_permissions"}
 		}
 	}
+	return serve(dir, raw, opts, root && !o.Private)
+}
+
+// serve mounts raw at dir and serves it. Where far says so the kernel reads ahead
+// as far as it can.
+func serve(dir string, raw fuse.RawFileSystem, opts *fuse.MountOptions, far bool) (*Served, error) {
 	server, err := fuse.NewServer(raw, dir, opts)
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
@@ -80,7 +86,7 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), s.Unmount(true))
 	}
-	if root && !o.Private {
+	if far {
 		s.readAhead(maxRead >> 10)
 	}
 	return s, nil

@@ -21,10 +21,23 @@ const (
 	opRead
 	opGetxattr
 	opListxattr
+	opSetattr
+	opMake
+	opLink
+	opUnlink
+	opRename
+	opOpen
+	opRelease
+	opWrite
+	opAllocate
+	opSync
+	opSetxattr
+	opOpendir
 	opCount
 )
 
-var opNames = [opCount]string{"lookup", "getattr", "readlink", "readdir", "readdirplus", "read", "getxattr", "listxattr"}
+var opNames = [opCount]string{"lookup", "getattr", "readlink", "readdir", "readdirplus", "read", "getxattr", "listxattr",
+	"setattr", "make", "link", "unlink", "rename", "open", "release", "write", "allocate", "sync", "setxattr", "opendir"}
 
 const (
 	resultOK = iota

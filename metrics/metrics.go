@@ -25,6 +25,11 @@ type Metrics struct {
 	VerifyFailures *prometheus.CounterVec   // kind: chunk, layer, index
 	LazyFallbacks  *prometheus.CounterVec   // reason
 	Restores       *prometheus.CounterVec   // outcome
+	CommitSeconds  *prometheus.HistogramVec // result
+	CommitBytes    prometheus.Counter       // compressed
+	PushBlobs      *prometheus.CounterVec   // outcome: uploaded, mounted, exists, piped
+	CopyUpBytes    prometheus.Counter
+	CopyUpSeconds  prometheus.Histogram
 }
 
 // Version is the program's version, set when it is built.
@@ -50,11 +55,16 @@ func New(reg prometheus.Registerer) *Metrics {
 		VerifyFailures: counter("verify_failures_total", "Bytes that did not match their digest.", "kind"),
 		LazyFallbacks:  counter("lazy_fallbacks_total", "Layers that had to be read whole.", "reason"),
 		Restores:       counter("restores_total", "Mounts brought back after a start.", "outcome"),
+		CommitSeconds:  histogram("commit_duration_seconds", "Time of a commit, with its push.", seconds, "result"),
+		CommitBytes:    prometheus.NewCounter(prometheus.CounterOpts{Name: "commit_bytes_total", Help: "Compressed bytes of the layers that were committed."}),
+		PushBlobs:      counter("push_blobs_total", "Blobs of pushed images, by how they came to the registry.", "outcome"),
+		CopyUpBytes:    prometheus.NewCounter(prometheus.CounterOpts{Name: "copy_up_bytes_total", Help: "Bytes of an image's files copied to an upper because they were to be changed."}),
+		CopyUpSeconds:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "copy_up_duration_seconds", Help: "Time of copying one file to an upper.", Buckets: seconds}),
 	}
 	build := gauge("build_info", "What is running.", "version", "revision", "goversion")
 	build.WithLabelValues(Version, Revision(), runtime.Version()).Set(1)
 	reg.MustRegister(build, m.Mounts, m.MountSeconds, m.FuseSeconds, m.ReadBytes, m.FetchRequests,
-		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.VerifyFailures, m.LazyFallbacks, m.Restores)
+		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.VerifyFailures, m.LazyFallbacks, m.Restores, m.CommitSeconds, m.CommitBytes, m.PushBlobs, m.CopyUpBytes, m.CopyUpSeconds)
 	return m
 }
 

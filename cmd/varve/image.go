@@ -20,6 +20,14 @@ func imageFlags(f *pflag.FlagSet, o *daemon.ImageOptions) {
 	f.BoolVar(&o.Insecure, "insecure", false, "allow plain HTTP and unverified TLS for this registry")
 }
 
+// transferFlags are the flags of verbs that copy images which are here.
+func transferFlags(f *pflag.FlagSet, o *daemon.ImageOptions) {
+	o.Pull = "missing"
+	f.StringVar(&o.Platform, "platform", os.Getenv("DOCKER_DEFAULT_PLATFORM"), "os/arch[/variant] (env DOCKER_DEFAULT_PLATFORM; default this machine's)")
+	f.StringVar(&o.Auth.AuthFile, "authfile", "", "credentials, in docker's or podman's form (env REGISTRY_AUTH_FILE)")
+	f.BoolVar(&o.Insecure, "insecure", false, "allow plain HTTP and unverified TLS for this registry")
+}
+
 // setImage fills in what the daemon cannot know: where this user's credentials
 // are, and from where relative paths count.
 func setImage(o *daemon.ImageOptions, name string) error {
@@ -29,16 +37,34 @@ func setImage(o *daemon.ImageOptions, name string) error {
 		return usageError{&daemon.Error{Message: "--pull: want missing, always or never", Exit: daemon.ExitUsage}}
 	}
 	o.Image = absoluteImage(name)
-	file := o.Auth.AuthFile
-	o.Auth = daemon.AuthFromEnv()
-	o.AuthConfig = os.Getenv("DOCKER_AUTH_CONFIG")
+	var err error
+	o.Auth, o.AuthConfig, err = credentials(o.Auth.AuthFile)
+	return err
+}
+
+// credentials says where this user's are: in a file that was named, if it is not
+// "", or where the environment says.
+func credentials(file string) (auth daemon.Auth, config string, err error) {
+	auth = daemon.AuthFromEnv()
 	if file != "" {
 		if _, err := os.Stat(file); err != nil {
-			return usageError{fmt.Errorf("--authfile: %w", err)}
+			return auth, "", usageError{fmt.Errorf("--authfile: %w", err)}
 		}
-		o.Auth.AuthFile, _ = filepath.Abs(file)
+		auth.AuthFile, _ = filepath.Abs(file)
 	}
-	return nil
+	return auth, os.Getenv("DOCKER_AUTH_CONFIG"), nil
+}
+
+// mountOrImage makes a directory, an archive's path or a layout's absolute and
+// leaves names as they are.
+func mountOrImage(s string) string {
+	if a := absoluteImage(s); a != s {
+		return a
+	}
+	if st, err := os.Stat(s); err == nil && st.IsDir() && (s == "." || s == ".." || strings.HasPrefix(s, "./") || strings.HasPrefix(s, "../") || filepath.IsAbs(s)) {
+		return mountArg(s)
+	}
+	return s
 }
 
 // absoluteImage makes the path of an archive or layout absolute.

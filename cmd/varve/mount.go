@@ -19,11 +19,15 @@ func (a *app) mountCmd() *cobra.Command {
 		Use:   "mount [flags] [IMAGE [DIR]]",
 		Short: "Mount an image and print the directory; without arguments, list the mounts",
 		Example: "  varve mount debian:12\n  varve mount oci:./layout:latest /mnt/image\n" +
-			"  varve mount docker-archive:saved.tar",
+			"  varve mount docker-archive:saved.tar\n  varve mount --rw --name work debian:12\n" +
+			"  varve mount --name work          # again, with what was changed",
 		Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return a.listMounts(cmd.Context())
+				if o.Name == "" {
+					return a.listMounts(cmd.Context())
+				}
+				args = []string{""} // that mount again
 			}
 			if len(args) == 2 {
 				if args[1] == "" {
@@ -38,14 +42,24 @@ func (a *app) mountCmd() *cobra.Command {
 			if err := setImage(&o.ImageOptions, args[0]); err != nil {
 				return err
 			}
+			if o.Upper != "" {
+				dir, err := filepath.Abs(o.Upper)
+				if err != nil {
+					return err
+				}
+				o.Upper = dir
+			}
 			return a.mount(cmd.Context(), o, foreground)
 		},
 	}
 	f := cmd.Flags()
 	imageFlags(f, &o.ImageOptions)
 	f.StringVar(&o.Name, "name", "", "a name for the mount (default: from the image's)")
-	f.StringVar(&o.Face, "face", "auto", "who serves the tree: auto, kernel (EROFS), fuse")
+	f.StringVar(&o.Face, "face", "", "who serves the tree: auto (default), kernel (EROFS), fuse")
 	f.BoolVar(&o.Setuid, "setuid", false, "honour setuid bits and device nodes (root only; otherwise nosuid,nodev)")
+	f.BoolVarP(&o.RW, "rw", "w", false, "allow changes: they stay on this machine until they are committed or removed")
+	f.StringVar(&o.Upper, "upper", "", "with --rw, the directory that changes go to (default: one below the state directory)")
+	f.StringVar(&o.Overlay, "overlay", "", "with --rw, who writes changes: auto (default), kernel (overlayfs), fuse")
 	f.BoolVarP(&foreground, "foreground", "f", false, "stay, and unmount at the end (Ctrl-C, SIGTERM)")
 	return cmd
 }

@@ -17,7 +17,7 @@ import (
 )
 
 func (a *app) psCmd() *cobra.Command {
-	var quiet, noTrunc bool
+	var quiet, noTrunc, all, sizes bool
 	var format string
 	cmd := &cobra.Command{
 		Use:   "ps [flags]",
@@ -32,9 +32,19 @@ func (a *app) psCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			rows := make([]row, len(ms))
-			for i, m := range ms {
-				rows[i] = row{m, noTrunc}
+			var rows []row
+			for _, m := range ms {
+				if m.Unmounted != nil && !all {
+					continue
+				}
+				if sizes {
+					if m, err = c.Inspect(cmd.Context(), m.ID); exitCode(err) == daemon.ExitNotFound {
+						continue // it went away
+					} else if err != nil {
+						return err
+					}
+				}
+				rows = append(rows, row{m, noTrunc})
 			}
 			switch {
 			case quiet:
@@ -45,12 +55,14 @@ func (a *app) psCmd() *cobra.Command {
 			case format == "json":
 				format = "{{json .}}"
 			case format == "" || format == "table":
-				return table(os.Stdout, rows)
+				return table(os.Stdout, rows, sizes)
 			}
 			return execute(os.Stdout, format, rows)
 		},
 	}
 	f := cmd.Flags()
+	f.BoolVarP(&all, "all", "a", false, "also those that are unmounted and have changes")
+	f.BoolVarP(&sizes, "size", "s", false, "how large the changes are")
 	f.BoolVarP(&quiet, "quiet", "q", false, "ids only")
 	f.BoolVar(&noTrunc, "no-trunc", false, "whole ids and names")
 	f.StringVar(&format, "format", "", "a Go template for each mount, or json")
@@ -87,16 +99,29 @@ func (r row) Status() string {
 		return "Failed (" + r.m.Error + ")"
 	case "restoring":
 		return "Restoring"
+	case "unmounted":
+		return "Unmounted " + units.HumanDuration(time.Since(*r.m.Unmounted)) + " ago (rw)"
 	}
 	s := "Up " + units.HumanDuration(time.Since(r.m.Created)) + " (" + r.m.Face
+	if r.m.RW {
+		s += ", rw"
+	}
 	if r.m.Offline {
 		s += ", offline"
 	}
 	return s + ")"
 }
 
+// Changed is how large the changes are on disk, where that was asked for.
+func (r row) Changed() string {
+	return units.HumanSizeWithPrecision(float64(r.m.UpperBytes), 3) + " (virtual " + r.Size() + ")"
+}
+
 // Fetched is what the network brought of what the image has.
 func (r row) Fetched() string {
+	if r.m.Unmounted != nil {
+		return "-"
+	}
 	return units.HumanSizeWithPrecision(float64(r.m.Fetched), 3) + " of " + r.Size()
 }
 
@@ -107,11 +132,19 @@ func (r row) MarshalJSON() ([]byte, error) {
 	})
 }
 
-func table(w io.Writer, rows []row) error {
+func table(w io.Writer, rows []row, sizes bool) error {
 	t := tabwriter.NewWriter(w, 0, 1, 3, ' ', 0)
-	fmt.Fprintln(t, "MOUNT ID\tIMAGE\tCREATED\tSTATUS\tMOUNTPOINT\tFETCHED\tNAMES")
+	head := "MOUNT ID\tIMAGE\tCREATED\tSTATUS\tMOUNTPOINT\tFETCHED\tNAMES"
+	if sizes {
+		head += "\tSIZE"
+	}
+	fmt.Fprintln(t, head)
 	for _, r := range rows {
-		fmt.Fprintln(t, strings.Join([]string{r.ID(), r.Image(), r.Created(), r.Status(), r.Mountpoint(), r.Fetched(), r.Names()}, "\t"))
+		line := []string{r.ID(), r.Image(), r.Created(), r.Status(), r.Mountpoint(), r.Fetched(), r.Names()}
+		if sizes {
+			line = append(line, r.Changed())
+		}
+		fmt.Fprintln(t, strings.Join(line, "\t"))
 	}
 	return t.Flush()
 }
