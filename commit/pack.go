@@ -75,7 +75,7 @@ func (c Compression) MediaType(docker bool) (string, error) {
 // PackOptions configure a [Packer].
 type PackOptions struct {
 	Compression Compression // "" is EStargz
-	Workers     int         // that compress; 0 for GOMAXPROCS. The bytes do not depend on it
+	Workers     int         // that compress, 0 for GOMAXPROCS; more than maxWorkers are not used
 }
 
 // Packed describes a layer that was packed.
@@ -146,7 +146,7 @@ func NewPacker(w io.Writer, o PackOptions) *Packer {
 	p.tar = tar.NewWriter(&p.cut)
 	p.line.fail(err)
 	if c == EStargz {
-		if err := p.add(context.Background(), stargzLandmark(), strings.NewReader(landmarkContent)); err != nil {
+		if err := p.add(context.Background(), asWritten(stargzLandmark()), strings.NewReader(landmarkContent)); err != nil {
 			p.line.fail(err)
 		}
 	}
@@ -154,28 +154,35 @@ func NewPacker(w io.Writer, o PackOptions) *Packer {
 }
 
 // Add packs one entry with its content, of which r must give exactly h.Size
-// bytes; r is nil for what has none. The header is written as archive/tar writes
-// it. When ctx ends while Add waits for its turn, it fails with ctx's error.
+// bytes, else the error is [ErrChanged]; r is nil for what has none. The header is
+// written as archive/tar writes it. When ctx ends, Add fails with its error. An
+// error may also be that of writing what was added before.
 func (p *Packer) Add(ctx context.Context, h *tar.Header, r io.Reader) error {
-	err := p.line.failed()
-	if err == nil && p.closed {
-		err = errors.New("packer is closed")
+	if p.closed {
+		return errors.New("pack layer: packer is closed")
 	}
-	if err == nil {
-		err = p.check(h)
+	if p.line.failed() == nil {
+		c := asWritten(h)
+		err := p.check(c)
+		if err == nil {
+			err = p.add(ctx, c, r)
+		}
+		if err != nil {
+			p.line.fail(fmt.Errorf("%s: %w", h.Name, err))
+		}
 	}
-	if err == nil {
-		err = p.add(ctx, h, r)
-	}
-	if err != nil {
-		p.line.fail(err)
-		return fmt.Errorf("pack %s: %w", h.Name, err)
+	return p.failed()
+}
+
+func (p *Packer) failed() error {
+	if err := p.line.failed(); err != nil {
+		return fmt.Errorf("pack layer: %w", err)
 	}
 	return nil
 }
 
 func (p *Packer) check(h *tar.Header) error {
-	if regular := h.Typeflag == tar.TypeReg || h.Typeflag == 0; h.Size < 0 || h.Size > 0 && !regular {
+	if h.Size < 0 || h.Size > 0 && h.Typeflag != tar.TypeReg {
 		return fmt.Errorf("size of %d bytes for an entry of type %q", h.Size, h.Typeflag)
 	}
 	if p.toc == nil {
@@ -184,30 +191,20 @@ func (p *Packer) check(h *tar.Header) error {
 	return p.toc.check(h)
 }
 
+// add packs an entry. It keeps h.
 func (p *Packer) add(ctx context.Context, h *tar.Header, r io.Reader) error {
 	if err := ctx.Err(); err != nil {
 		return err
-	}
-	if h.Typeflag == 0 { // as tar.Writer does
-		c := *h
-		h, c.Typeflag = &c, tar.TypeReg
-		if strings.HasSuffix(h.Name, "/") {
-			c.Typeflag = tar.TypeDir
-		}
 	}
 	p.cut.ctx = ctx
 	defer func() { p.cut.ctx = nil }()
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
-	size := h.Size
-	if h.Typeflag != tar.TypeReg {
-		size = 0
-	}
-	if err := p.cut.begin(asWritten(h), size); err != nil {
+	if err := p.cut.begin(h, h.Size); err != nil {
 		return err
 	}
-	if err := p.content(ctx, r, size); err != nil {
+	if err := p.content(ctx, r, h.Size); err != nil {
 		return err
 	}
 	return p.tar.Flush()
@@ -248,27 +245,27 @@ func (p *Packer) content(ctx context.Context, r io.Reader, size int64) error {
 // cancels sees to it that it returns.
 func (p *Packer) Close() (*Packed, error) {
 	if p.closed {
-		return nil, errors.New("pack: packer is closed")
+		return nil, errors.New("pack layer: packer is closed")
 	}
 	p.closed = true
 	if p.line.failed() == nil {
 		p.line.fail(p.end())
 	}
 	p.line.wait()
-	if err := p.line.failed(); err != nil {
-		return nil, fmt.Errorf("pack: %w", err)
+	if err := p.failed(); err != nil {
+		return nil, err
 	}
 	l := p.line
 	out := &Packed{Compression: p.compression}
 	if p.toc != nil {
 		tail, tarred, annotations, err := p.toc.end(l.written, l.size)
 		if err != nil {
-			return nil, fmt.Errorf("pack: table of contents: %w", err)
+			return nil, fmt.Errorf("pack layer: table of contents: %w", err)
 		}
 		hashBoth(l.diffID, tarred, l.digest, tail)
 		l.size += int64(len(tarred))
 		if err := l.write(tail); err != nil {
-			return nil, fmt.Errorf("pack: %w", err)
+			return nil, fmt.Errorf("pack layer: %w", err)
 		}
 		out.Annotations = annotations
 	}
@@ -297,11 +294,18 @@ func hashBoth(a hash.Hash, p []byte, b hash.Hash, q []byte) {
 	wg.Wait()
 }
 
-// asWritten gives a copy of a header with the times that archive/tar writes.
+// asWritten gives a copy of a header with the type and times that archive/tar
+// writes for it, as a table of contents must have them too.
 func asWritten(h *tar.Header) *tar.Header {
 	c := *h
 	c.PAXRecords = maps.Clone(h.PAXRecords)
-	if c.Format == tar.FormatUnknown { // as tar.Writer.WriteHeader
+	if c.Typeflag == 0 {
+		c.Typeflag = tar.TypeReg
+		if strings.HasSuffix(c.Name, "/") {
+			c.Typeflag = tar.TypeDir
+		}
+	}
+	if c.Format == tar.FormatUnknown {
 		c.ModTime = c.ModTime.Round(time.Second)
 		c.AccessTime, c.ChangeTime = time.Time{}, time.Time{}
 	}

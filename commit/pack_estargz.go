@@ -34,7 +34,7 @@ const (
 )
 
 // stargzLandmark is the first entry of the tar: nothing is to be fetched before it
-// is asked for. Who read a start-up profile knows better than an order of files.
+// is asked for, since nothing is known here of what a start reads first.
 func stargzLandmark() *tar.Header {
 	return &tar.Header{Typeflag: tar.TypeReg, Name: estargz.NoPrefetchLandmark, Size: int64(len(landmarkContent))}
 }

@@ -11,8 +11,8 @@ import (
 	"sync/atomic"
 )
 
-// maxWorkers bounds the memory, which is some 5 MiB a worker. So many are faster
-// than one goroutine reads files.
+// maxWorkers bounds the memory, which is some 10 MiB a worker before garbage is
+// collected. So many compress about as fast as one goroutine reads files.
 const maxWorkers = 10
 
 // inFlight gives how many frames there are at most between the cutter and the
@@ -321,7 +321,7 @@ func (l *line) place(f *frame, e *entry) error {
 			e.sum = it.whole.sum
 		}
 		if err := l.toc.entry(e); err != nil {
-			return fmt.Errorf("pack %s: %w", e.head.Name, err)
+			return fmt.Errorf("%s: %w", e.head.Name, err)
 		}
 	}
 	return nil

@@ -59,7 +59,8 @@ func sample() []packEntry {
 		regular("etc/one", []byte("1")),
 		{h: tar.Header{Typeflag: tar.TypeSymlink, Name: "etc/link", Linkname: "../one", Mode: 0o777, Format: tar.FormatPAX, ModTime: when}},
 		{h: tar.Header{Typeflag: tar.TypeLink, Name: "etc/hard", Linkname: "etc/one", Mode: 0o644}},
-		{h: tar.Header{Typeflag: tar.TypeReg, Name: "etc/.wh.gone"}},
+		{h: tar.Header{Name: "etc/.wh.gone"}}, // type 0
+		{h: tar.Header{Name: "etc/dir0/"}},
 		{h: tar.Header{Typeflag: tar.TypeReg, Name: "etc/d/.wh..wh..opq"}},
 		{h: tar.Header{Typeflag: tar.TypeChar, Name: "etc/null", Mode: 0o666, Devmajor: 1, Devminor: 3}},
 		{h: tar.Header{Typeflag: tar.TypeBlock, Name: "etc/loop", Mode: 0o660, Devmajor: 7, Devminor: 300, Uid: 5, Gid: 1 << 30}},
@@ -416,6 +417,13 @@ func TestPackRefuses(t *testing.T) {
 		if _, err := p.Close(); err == nil {
 			t.Errorf("%s %+q: second Close gave no error", tt.c, tt.h.Name)
 		}
+	}
+	p := NewPacker(io.Discard, PackOptions{})
+	if _, err := p.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := p.Add(t.Context(), &tar.Header{Name: "a"}, nil); err == nil {
+		t.Error("Add after Close gave no error")
 	}
 	for _, name := range []string{"a\xff", "stargz.index.json"} { // a tar holds any name
 		packAll(t, io.Discard, []packEntry{regular(name, nil)}, PackOptions{Compression: Gzip})
