@@ -51,6 +51,9 @@ var foreign = map[string][]string{
 	"github.com/containerd/containerd/":                       {"snapshotter", "test", "test/..."},
 	"github.com/prometheus/client_golang/prometheus/promhttp": {"daemon"},
 	"github.com/spf13/cobra":                                  {"cmd/varve", "bench/..."},
+	"github.com/moby/buildkit/":                               {"commit"},
+	"github.com/moby/patternmatcher":                          {"commit"},
+	"github.com/moby/go-archive":                              {"test", "test/..."},
 }
 
 func TestLayering(t *testing.T) {
