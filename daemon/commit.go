@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"archive/tar"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/commit"
 	"github.com/varvefs/varve/image"
@@ -38,6 +40,9 @@ func (d *Daemon) Commit(ctx context.Context, o CommitOptions, n note) (_ *Commit
 	defer c.release()
 	if err := c.findBase(); err != nil {
 		return nil, err
+	}
+	if err := c.tryChanges(); err != nil {
+		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
 	defer func() { c.layer.discard() }()
 	err = c.hold(ctx, !o.NoPause, func() error { return c.pack(ctx) })
@@ -159,11 +164,21 @@ func (c *commission) below() (image.Name, digest.Digest) {
 	}
 }
 
+// tryChanges finds what no config takes before a layer is written for it.
+func (c *commission) tryChanges() error {
+	if c.changes.IsZero() {
+		return nil
+	}
+	_, _, err := commit.Image(c.base, c.config, nil, commit.Meta{Changes: c.changes})
+	return err
+}
+
 // layer is the new layer: packed, and in the image store under a lease.
 type layer struct {
 	*commit.Packed // nil if nothing changed
 	entries        int
 	blob           *image.BlobWriter // nil of a dry run
+	gone           map[string]bool   // names that were removed before they were read
 }
 
 func (l *layer) discard() {
@@ -184,7 +199,7 @@ func (l *layer) committed() *Committed {
 // meanwhile.
 func (c *commission) pack(ctx context.Context) (err error) {
 	c.layer.discard()
-	c.layer = &layer{}
+	c.layer = &layer{gone: map[string]bool{}}
 	entries, close, err := c.entries(ctx)
 	if err != nil {
 		return err
@@ -202,15 +217,23 @@ func (c *commission) pack(ctx context.Context) (err error) {
 		w = c.layer.blob
 	}
 	p := commit.NewPacker(w, commit.PackOptions{Compression: c.compression})
+	m := meter{note: c.note, id: c.Name}
 	for i := range entries {
-		if err = c.add(ctx, p, &entries[i]); err != nil {
+		m.total += entries[i].Header.Size
+	}
+	for i := range entries {
+		if err = c.add(ctx, p, &entries[i], &m); err != nil {
 			break
 		}
 	}
 	packed, cerr := p.Close()
-	if err = errors.Join(err, cerr); err != nil {
+	if cerr != nil {
+		return cerr
+	}
+	if err != nil {
 		return err
 	}
+	m.end()
 	if c.layer.blob != nil {
 		if err := c.layer.blob.Commit(packed.Digest, packed.Size); err != nil {
 			return err
@@ -220,8 +243,17 @@ func (c *commission) pack(ctx context.Context) (err error) {
 	return nil
 }
 
-func (c *commission) add(ctx context.Context, p *commit.Packer, e *commit.Entry) error {
+func (c *commission) add(ctx context.Context, p *commit.Packer, e *commit.Entry, m *meter) error {
+	if e.Header.Typeflag == tar.TypeLink && c.layer.gone[e.Header.Linkname] {
+		c.note.warn("%q was removed while it was being committed: it is left out", "/"+e.Path)
+		return nil
+	}
 	r, err := e.Open()
+	if c.NoPause && isGone(err) {
+		c.layer.gone[e.Header.Name] = true
+		c.note.warn("%q was removed while it was being committed: it is left out", "/"+e.Path)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -229,11 +261,18 @@ func (c *commission) add(ctx context.Context, p *commit.Packer, e *commit.Entry)
 		return p.Add(ctx, e.Header, nil)
 	}
 	defer r.Close()
+	counted := io.TeeReader(r, m)
 	if c.NoPause {
 		// As tar does of a file that shrinks or grows while it is read.
-		return p.Add(ctx, e.Header, io.LimitReader(io.MultiReader(r, zeroes{}), e.Header.Size))
+		counted = io.LimitReader(io.MultiReader(counted, zeroes{}), e.Header.Size)
 	}
-	return p.Add(ctx, e.Header, r)
+	return p.Add(ctx, e.Header, counted)
+}
+
+// isGone reports whether a file that was listed is no more, or something else by
+// now.
+func isGone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.EINVAL)
 }
 
 type zeroes struct{}

@@ -474,17 +474,19 @@ func (d *Daemon) list() []Mount {
 	return out
 }
 
-func (d *Daemon) inspect(s string) (Mount, error) {
+func (d *Daemon) inspect(ctx context.Context, s string) (Mount, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	m, err := d.findIn(s)
 	if err != nil {
+		d.mu.Unlock()
 		return Mount{}, err
 	}
 	v := m.view(true)
-	if m.upper != nil {
-		if v.UpperBytes, _, err = m.upper.Usage(context.Background()); err != nil {
-			return v, err
+	d.mu.Unlock()
+	if v.Upper != "" {
+		// It may be large, or gone, or somebody writes to it: nobody waits for this.
+		if v.UpperBytes, _, err = upper.Usage(ctx, v.Upper); err != nil {
+			d.log.Warn("the size of an upper is not known", "mount", v.Name, "err", err)
 		}
 	}
 	return v, nil

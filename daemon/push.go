@@ -19,6 +19,9 @@ func (d *Daemon) Push(ctx context.Context, o PushOptions, n note) (*Pushed, erro
 	if err != nil {
 		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
+	if name.IsLocal() || name.IsID() {
+		return nil, fmt.Errorf("push %s: only a name of a repository can be pushed to: commit it under one%w", name.Familiar(), silent{errUsage})
+	}
 	m, config, err := d.images.Get(name, o.Platform)
 	if err != nil {
 		return nil, err
@@ -45,9 +48,6 @@ func (d *Daemon) blobsOf(m *image.Manifest, o ImageOptions, n note) *blobs {
 }
 
 func (d *Daemon) push(ctx context.Context, name image.Name, m *image.Manifest, config []byte, b *blobs, o ImageOptions, n note) (*Pushed, error) {
-	if name.IsLocal() || name.IsID() {
-		return nil, fmt.Errorf("push %s: only a name of a repository can be pushed to: commit it under one%w", name.Familiar(), silent{errUsage})
-	}
 	// Layers are mounted from the repositories of the same registry that have
 	// them, which the token must allow to read.
 	var from []string

@@ -193,7 +193,7 @@ func (d *Daemon) mux() *http.ServeMux {
 	pour(mux, "POST /v1/export", d.export)
 	pour(mux, "POST /v1/save", d.save)
 	handle(mux, "POST /v1/unmount", func(_ context.Context, o UnmountOptions) (any, error) { return d.Unmount(o) })
-	handle(mux, "POST /v1/inspect", func(_ context.Context, o UnmountOptions) (any, error) { return d.inspect(o.Mount) })
+	handle(mux, "POST /v1/inspect", func(ctx context.Context, o UnmountOptions) (any, error) { return d.inspect(ctx, o.Mount) })
 	mux.HandleFunc("POST /v1/ls", d.handleList)
 	pour(mux, "POST /v1/cat", d.cat)
 	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, r *http.Request) {

@@ -6,7 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrBusy is what [Dir.Stamp] gives when somebody writes to the upper all the
@@ -73,6 +76,16 @@ func (d *Dir) stamp(ctx context.Context) (stamp [sha256.Size]byte, newest time.T
 	})
 	sum.Sum(stamp[:0])
 	return stamp, newest, err
+}
+
+// Usage is [Dir.Usage] of an upper that somebody else may have open.
+func Usage(ctx context.Context, path string) (bytes, inodes int64, err error) {
+	fd, err := unix.Open(filepath.Join(path, treeName), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("upper %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	return (&Dir{path: path, tree: fd}).Usage(ctx)
 }
 
 // Usage gives the bytes that the upper takes on disk and the number of its
