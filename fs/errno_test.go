@@ -57,3 +57,35 @@ func TestStatusOfErrors(t *testing.T) {
 		}
 	}
 }
+
+func TestUpperStatus(t *testing.T) {
+	for e := syscall.Errno(1); e <= lastErrno; e++ {
+		want := fuse.Status(e)
+		if e == syscall.ENOSYS || e == syscall.EINTR {
+			want = fuse.EIO
+		}
+		for _, err := range []error{e, fmt.Errorf("write: %w", e), &os.PathError{Op: "open", Path: "f", Err: e}, errors.Join(e, errors.New("and then"))} {
+			if got := upperStatus(err); got != want {
+				t.Errorf("%T of %d (%v) becomes %v, want %v", err, int(e), e, got, want)
+			}
+		}
+		if got := upperStatus(fmt.Errorf("copy up: %w", lowerError{e})); got != fuse.EIO {
+			t.Errorf("%v of the lower becomes %v, want EIO", e, got)
+		}
+	}
+	for _, test := range []struct {
+		err  error
+		want fuse.Status
+	}{
+		{nil, fuse.OK},
+		{errors.New("anything"), fuse.EIO},
+		{index.ErrNotExist, fuse.ENOENT},
+		{context.DeadlineExceeded, fuse.EIO},
+		{syscall.Errno(0), fuse.EIO},
+		{syscall.Errno(512), fuse.EIO},
+	} {
+		if got := upperStatus(test.err); got != test.want {
+			t.Errorf("%v becomes %v, want %v", test.err, got, test.want)
+		}
+	}
+}

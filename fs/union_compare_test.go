@@ -44,6 +44,9 @@ func (m *model) describeOne(path, rel string, d fs.DirEntry, first map[uint64]st
 		return err.Error()
 	}
 	var b strings.Builder
+	if m.loose {
+		st.Nlink, st.Ino = 0, 0
+	}
 	fmt.Fprintf(&b, "mode %o, %d links, dirent %v", st.Mode, st.Nlink, d.Type())
 	if m.owners {
 		fmt.Fprintf(&b, ", owner %d:%d", st.Uid, st.Gid)
@@ -52,7 +55,7 @@ func (m *model) describeOne(path, rel string, d fs.DirEntry, first map[uint64]st
 		fmt.Fprintf(&b, ", mtime %d.%d", st.Mtim.Sec, st.Mtim.Nsec)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		if first[st.Ino] == "" {
+		if first[st.Ino] == "" && !m.loose {
 			first[st.Ino] = rel
 		}
 		fmt.Fprintf(&b, ", size %d, first name %s", st.Size, first[st.Ino])

@@ -269,8 +269,8 @@ func (u *Union) move(n *node, to place) {
 	n.dead = false
 }
 
-// replace says that another node is in reach by a name than the one it was:
-// see [node.more].
+// addPlace has a node be reached by one more name, which matters when the one
+// it is reached by goes away. Its caller holds ns for writing.
 func (u *Union) addPlace(n *node, at place) {
 	if n.fd >= 0 {
 		u.move(n, at)

@@ -50,6 +50,7 @@ func TestInside(t *testing.T) {
 		t.Skip("other tests run this one in a mount")
 	}
 	t.Run("posix", func(t *testing.T) { testPosix(t, dir) })
+	t.Run("semantics", func(t *testing.T) { testSemantics(t, dir) })
 	t.Run("model", func(t *testing.T) { testModel(t, dir) })
 }
 

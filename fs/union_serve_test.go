@@ -1,9 +1,12 @@
 package fs
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -29,6 +32,9 @@ type unionTest struct {
 	Dir, Index, Data, Upper string
 	Form                    upper.Form
 	Slow                    time.Duration // of Ensure
+
+	in  io.Writer // of the child
+	out io.Reader
 }
 
 func TestMain(m *testing.M) {
@@ -86,8 +92,23 @@ func serveUnionTest(s string) error {
 		return err
 	}
 	fmt.Println("ready")
+	go holdUnionTest(u)
 	<-served.Done()
 	return checkUnionEnd(u)
+}
+
+// holdUnionTest holds the writers from one line on its standard input to the next.
+func holdUnionTest(u *Union) {
+	in := bufio.NewReader(os.Stdin)
+	for {
+		if _, err := in.ReadString('\n'); err != nil {
+			return
+		}
+		release, err := u.Hold(context.Background())
+		fmt.Println("held", err)
+		in.ReadString('\n')
+		release()
+	}
 }
 
 // checkUnionEnd complains of what is left open after the end of a mount.
@@ -209,6 +230,10 @@ func (u *unionTest) mount(t testing.TB, uid uint32) (unmount func()) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
+		t.Fatal(err)
+	}
+	u.out = out
+	if u.in, err = cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {

@@ -108,35 +108,35 @@ func (d *Dir) own(at At, n *New, st *unix.Stat_t) error {
 		if !n.Setgid {
 			want.Gid = 0
 		}
-		disk := *st
-		*st = want
-		if want.Gid == 0 && (symlink || want.Mode&0o7777 == disk.Mode&0o7777) {
+		if want.Gid == 0 && (symlink || want.Mode&0o7777 == st.Mode&0o7777) {
+			*st = want
 			return nil
 		}
-		if err := d.override(at, &disk, Owner{GID: want.Gid, Mode: want.Mode, Rdev: n.Rdev}); err != nil {
+		if err := d.override(at, st, Owner{GID: want.Gid, Mode: want.Mode, Rdev: n.Rdev}); err != nil {
 			return err
 		}
-		if t := want.Mode & unix.S_IFMT; want.Gid != 0 && t != unix.S_IFREG && t != unix.S_IFDIR {
-			return d.Stat(at, st) // another file stands for it now
-		}
-		return nil
+		return d.Stat(at, st)
 	}
+	changed := false
 	if st.Uid != want.Uid || st.Gid != want.Gid {
 		if err := at.chown(int(want.Uid), int(want.Gid)); err != nil {
 			return err
 		}
+		changed = true
 		if !symlink && st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			st.Mode = Tame(st.Mode)
 		}
-		st.Uid, st.Gid = want.Uid, want.Gid
 	}
 	if !symlink && st.Mode != want.Mode {
 		if err := at.chmod(want.Mode & 0o7777); err != nil {
 			return err
 		}
-		st.Mode = want.Mode
+		changed = true
 	}
-	return nil
+	if !changed {
+		return nil
+	}
+	return at.Lstat(st) // for the time of the change
 }
 
 func remove(dir int, name string, mode uint32) error {
