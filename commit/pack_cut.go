@@ -167,6 +167,10 @@ func (c *cutter) data(p []byte) error {
 		if c.form.roll {
 			n, how = c.roll.next(p[:n], have)
 		}
+		if n == 0 && have == 0 { // a hole that ended with the chunk before
+			c.f.last().hole = false
+			continue
+		}
 		if n == most && how == rollOn {
 			how = rollCut
 		}

@@ -16,6 +16,7 @@ func (u *upload) stream(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
 	}
+	u.store() // the place may be one that a repository gave instead of the blob
 	for {
 		if u.place == nil {
 			u.drop()

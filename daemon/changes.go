@@ -113,7 +113,7 @@ func (u *using) hold(ctx context.Context, pause bool, fn func() error) error {
 	}
 	const attempts = 3
 	for range attempts {
-		before, err := u.upper.Stamp(ctx)
+		still, err := u.still(ctx)
 		if errors.Is(err, upper.ErrBusy) {
 			continue
 		}
@@ -128,11 +128,28 @@ func (u *using) hold(ctx context.Context, pause bool, fn func() error) error {
 		if err != nil && !errors.Is(err, upper.ErrBusy) {
 			return err
 		}
-		if err == nil && before == after {
+		if err == nil && after == still {
 			return ferr
 		}
 	}
 	return &Error{Message: fmt.Sprintf("the mount %q is being written to all the time, so that no moment of it can be kept: stop who writes, or take what comes with --no-pause", u.Name), Exit: ExitBusy}
+}
+
+// still gives the upper's stamp at a moment from which on no change can go
+// unseen, also none through a mapping: what is dirty is written back, and what was
+// stored to meanwhile would be dirty again.
+func (u *using) still(ctx context.Context) (stamp [32]byte, err error) {
+	before, err := u.upper.Stamp(ctx)
+	if err != nil {
+		return stamp, err
+	}
+	if err := u.upper.WriteBack(ctx); err != nil {
+		return stamp, err
+	}
+	if stamp, err = u.upper.Stamp(ctx); err == nil && stamp != before {
+		err = upper.ErrBusy
+	}
+	return stamp, err
 }
 
 // createdOr gives the time of a commit.

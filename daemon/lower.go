@@ -40,7 +40,9 @@ func (f *faces) union(m *mount, writer, kind string, t *tree, up *upper.Dir) (fa
 	if err != nil {
 		return nil, err
 	}
-	k, err := fs.MountOverlay(m.Dir, l.dir, up, f.options(t, m.Setuid))
+	o := f.options(t, m.Setuid)
+	o.Steady = kind == faceKernel
+	k, err := fs.MountOverlay(m.Dir, l.dir, up, o)
 	if err != nil {
 		return nil, errors.Join(err, l.release())
 	}

@@ -17,7 +17,7 @@ import (
 )
 
 // indexVersion changes when the same layers give other bytes.
-const indexVersion = "1"
+const indexVersion = "2"
 
 // sharedIndex is an index that is mapped once however many mounts read it.
 type sharedIndex struct {

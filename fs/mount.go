@@ -21,6 +21,7 @@ type Options struct {
 	Fault   Fault // required by NewTree
 
 	Direct  bool // see MountKernel
+	Steady  bool // see MountOverlay
 	Private bool // only the daemon's user and the kernel may look
 	Xattrs  bool // whether any file has extended attributes
 	Setuid  bool // honour setuid bits and device nodes: for root only

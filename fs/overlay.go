@@ -17,6 +17,10 @@ import (
 // anything but its own name, so that diff and commit can read it alone. Hence no
 // redirects (a directory of the image renames with EXDEV, which mv answers by
 // copying), no metadata without its data, and no index of hard links.
+//
+// Steady says that the lower is EROFS, whose superblock has a UUID: what overlayfs
+// remembers of a copied file's origin can then not be taken for another file's
+// when the upper comes to lie on another index.
 func MountOverlay(dir, lower string, up *upper.Dir, o Options) (*Kernel, error) {
 	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -53,6 +57,11 @@ func MountOverlay(dir, lower string, up *upper.Dir, o Options) (*Kernel, error) 
 		set("metacopy", "off")
 	}
 	set("index", "off")
+	if o.Steady {
+		// A file then has one number for ever, also when it is copied up or has
+		// more names.
+		set("xino", "on")
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -48,6 +48,7 @@ type Union struct {
 
 	mu      sync.RWMutex             // guards what follows, and lookups and kids of nodes
 	nodes   map[uint64]*node         // by number
+	spare   uint64                   // numbers given to files whose own on disk were taken
 	origins map[uint64]uint64        // upper's inode number to nid, of what was copied up
 	links   map[uint64]uint32        // names left of a lower inode, where that is not what the index says
 	opened  map[uint64]int           // open files of a lower inode

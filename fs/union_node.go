@@ -102,6 +102,11 @@ func (u *Union) adopt(at place, st *unix.Stat_t, lower uint64) *node {
 	}
 	if known {
 		id = u.number(nid)
+	} else if n := u.nodes[id]; n != nil && n.nid == id {
+		// The number is that of a file in whose place another was put: see chown.
+		u.spare++
+		id = 1<<62 + u.spare
+		nid, u.origins[st.Ino] = id, id
 	}
 	n := u.nodes[id]
 	if n == nil {

@@ -2,6 +2,7 @@ package index
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -247,6 +248,21 @@ func (o *imageWriter) pad(to int64) {
 	}
 }
 
+// uuid tells images apart in which a number stands for another file: overlayfs
+// remembers by it what it copied up (ovl_lower_uuid_ok in fs/overlayfs/super.c).
+func (l *layout) uuid() []byte {
+	h := sha256.New()
+	var b []byte
+	for _, p := range l.inodes {
+		b = binary.LittleEndian.AppendUint64(b[:0], uint64(p.off))
+		b = binary.LittleEndian.AppendUint64(b, uint64(p.size))
+		h.Write(append(append(b, p.in.entry.Name...), 0))
+	}
+	id := h.Sum(nil)[:16]
+	id[6], id[8] = id[6]&0x0f|0x80, id[8]&0x3f|0x80 // version 8 (RFC 9562)
+	return id
+}
+
 func (o *imageWriter) superblock(l *layout, devices []Device) {
 	le := binary.LittleEndian
 	head := make([]byte, max(BlockSize, l.meta))
@@ -257,6 +273,7 @@ func (o *imageWriter) superblock(l *layout, devices []Device) {
 	le.PutUint16(sb[14:], uint16(l.root.nid))
 	le.PutUint64(sb[16:], uint64(len(l.inodes)))
 	le.PutUint32(sb[36:], uint32(l.end/BlockSize))
+	copy(sb[48:64], l.uuid())
 	copy(sb[64:80], "varve")
 	for _, p := range l.inodes {
 		if len(p.xattrs) > 0 {

@@ -119,7 +119,7 @@ func (d *Dir) override(at At, st *unix.Stat_t, o Owner) error {
 		// another owner a regular file must stand for it.
 		if o.UID == 0 && o.GID == 0 {
 			if t == unix.S_IFLNK {
-				return unix.EOPNOTSUPP
+				return nil
 			}
 			return at.chmod(o.Mode & 0o7777)
 		}
@@ -170,7 +170,16 @@ func (d *Dir) standIn(at At, disk *unix.Stat_t, o Owner) error {
 	if err := s.self().Times(disk.Atim, disk.Mtim); err != nil {
 		return errors.Join(err, s.Drop())
 	}
-	return s.Into(at.Dir, at.Name)
+	// The directory's own contents stay what they were.
+	dir := At{Dir: at.Dir}
+	var was unix.Stat_t
+	if err := dir.Lstat(&was); err != nil {
+		return errors.Join(err, s.Drop())
+	}
+	if err := s.Into(at.Dir, at.Name); err != nil {
+		return err
+	}
+	return dir.Times(was.Atim, was.Mtim)
 }
 
 // Readlink gives the target of what [Dir.Stat] calls a symlink.

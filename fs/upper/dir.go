@@ -161,6 +161,12 @@ func Open(path string) (_ *Dir, err error) {
 			d.Close()
 		}
 	}()
+	for _, name := range []string{treeName, workName, aboutName, lockName} {
+		// os.Root follows links that stay within it.
+		if st, err := root.Lstat(name); err == nil && st.Mode()&os.ModeSymlink != 0 {
+			return nil, fmt.Errorf("upper %s: %s is a symlink, which none of varve's is", path, name)
+		}
+	}
 	if d.About, err = readAbout(root); err != nil {
 		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}

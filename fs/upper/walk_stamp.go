@@ -25,9 +25,8 @@ const tick = 20 * time.Millisecond
 // its inode, times, size and mode. Two that are equal prove that nothing was
 // changed between the end of the first and the beginning of the second.
 //
-// A store to a mapped page that is dirty already leaves no trace: the caller
-// writes back what is dirty first (syncfs), after which the next store has a
-// page fault and updates the times.
+// A store to a mapped page that is dirty already leaves no trace: see
+// [Dir.WriteBack].
 func (d *Dir) Stamp(ctx context.Context) (stamp [sha256.Size]byte, err error) {
 	for range 3 {
 		before := time.Now()
