@@ -74,7 +74,8 @@ type Contents struct {
 // extended attributes are kept, not the capabilities alone; a replaced
 // directory is marked opaque rather than having its old names deleted one by one;
 // and a directory of which nothing but the time was changed is kept when there
-// is a layer anyway, so that a mount of the new image looks as this one does.
+// is a layer anyway, but for the root, so that a mount of the new image looks as
+// this one does.
 //
 // Times are kept in seconds, as containerd and BuildKit write them: the tables of
 // contents of lazy layers hold no more, and a file's time must not depend on

@@ -29,6 +29,7 @@ const (
 	maxLocation  = 8 << 10 // bytes of a URL
 	maxAnswer    = 64 << 10
 	maxTries     = 8  // failures in a row without progress
+	firstTries   = 4  // the same before the registry has answered at all
 	maxFailures  = 60 // of one blob in all
 	maxPause     = 60 * time.Second
 )
@@ -40,6 +41,7 @@ type client struct {
 	repo  string
 	stall time.Duration
 	wait  func(context.Context, time.Duration) error
+	met   atomic.Bool // it has answered
 }
 
 func newClient(o PushOptions) *client {
@@ -148,6 +150,7 @@ func (c *client) once(ctx context.Context, r request) (_ *answer, passing bool, 
 		return nil, passing, err
 	}
 	defer resp.Body.Close()
+	c.met.Store(true)
 	a := &answer{code: resp.StatusCode, head: resp.Header, size: resp.ContentLength, url: resp.Request.URL}
 	a.moved = len(req.URL.Host) > 0 && resp.Request.Response != nil && !strings.EqualFold(a.url.Host, r.url.Host)
 	a.text, _ = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
@@ -194,7 +197,7 @@ func (b *budget) progress() { b.row = 0 }
 func (c *client) pause(ctx context.Context, b *budget, a *answer, err error) error {
 	b.row++
 	b.all++
-	if b.row >= maxTries || b.all >= maxFailures {
+	if b.row >= maxTries || b.all >= maxFailures || b.row >= firstTries && !c.met.Load() {
 		return err
 	}
 	d := min(500*time.Millisecond<<(b.row-1), 30*time.Second)

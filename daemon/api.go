@@ -202,7 +202,6 @@ type Committed struct {
 	Size    int64   `json:"Size"`             // of the new layer's blob
 	Raw     int64   `json:"Raw"`              // of the layer's tar
 	Entries int     `json:"Entries"`          // names in it
-	Fetched int64   `json:"Fetched"`          // bytes of the base that were read for it
 	Deltas  []Delta `json:"Deltas,omitempty"` // of a dry run
 	Pushed  *Pushed `json:"Pushed,omitempty"`
 }

@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -33,9 +34,8 @@ const maxRead = 1<<20 - 2*4096
 
 // Served is a FUSE mount that is being served.
 type Served struct {
-	dir    string
-	server *fuse.Server
-	done   chan struct{}
+	dir  string
+	done chan struct{}
 }
 
 // Serve mounts raw at dir and serves it until [Served.Unmount].
@@ -79,7 +79,7 @@ func serve(dir string, raw fuse.RawFileSystem, opts *fuse.MountOptions, far bool
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
 	}
-	s := &Served{dir: dir, server: server, done: make(chan struct{})}
+	s := &Served{dir: dir, done: make(chan struct{})}
 	go func() {
 		defer close(s.done)
 		server.Serve()
@@ -145,8 +145,8 @@ func (s *Served) Unmount(lazy bool) error {
 		if err := already(unmount(s.dir, 0)); err != nil {
 			return err
 		}
-	} else if err := s.server.Unmount(); err != nil {
-		return fmt.Errorf("unmount %s: %w: %w", s.dir, ErrBusy, err)
+	} else if out, err := exec.Command("fusermount3", "-u", "--", s.dir).CombinedOutput(); err != nil {
+		return fmt.Errorf("unmount %s: %w: %s", s.dir, ErrBusy, bytes.TrimSpace(out))
 	}
 	select {
 	case <-s.done:

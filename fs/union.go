@@ -61,7 +61,7 @@ type Union struct {
 
 // kernel is what a union knows of the connection it is served on.
 type kernel struct {
-	server  *fuse.Server
+	conn    *conn
 	through atomic.Bool // the kernel may read and write the upper's files itself
 	cached  bool        // the kernel gathers writes
 }
@@ -129,7 +129,7 @@ func (u *Union) Hold(ctx context.Context) (release func(), err error) {
 
 // flush has the kernel write what it has gathered of files that are open.
 func (u *Union) flush() {
-	if !u.kernel.cached || u.kernel.server == nil {
+	if !u.kernel.cached || u.kernel.conn == nil {
 		return
 	}
 	var ids []uint64
@@ -143,11 +143,9 @@ func (u *Union) flush() {
 	for _, id := range ids {
 		// Dropping pages writes those that are dirty (fuse_launder_folio in
 		// fs/fuse/file.c), through this daemon: no lock may be held.
-		u.kernel.server.InodeNotify(id, 0, 0)
+		u.kernel.conn.forgetData(id)
 	}
 }
-
-func (u *Union) Init(s *fuse.Server) { u.kernel.server = s }
 
 // OnUnmount closes what is still open: the kernel sends no FORGET then.
 func (u *Union) OnUnmount() {

@@ -139,10 +139,9 @@ func (l *listings) get(fh uint64) *listing {
 func (u *Union) OpenDir(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) (st fuse.Status) {
 	defer u.ops.done(opOpendir, time.Now(), &st)
 	out.Fh = u.listing.add()
-	if u.node(in.NodeId) == nil {
-		// The kernel drops what it caches when it changes the directory itself.
-		out.OpenFlags = fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
-	}
+	// Nobody else changes the directory, and the kernel drops what it caches of it
+	// when it does (fuse_readdir_cached in fs/fuse/readdir.c).
+	out.OpenFlags = fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
 	return fuse.OK
 }
 

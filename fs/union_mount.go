@@ -52,7 +52,22 @@ func ServeUnion(dir string, u *Union, o Options) (*Served, error) {
 		opts.EnableAcl = true
 		opts.Options = []string{"default_permissions"}
 	}
-	return serve(dir, u, opts, root)
+	c, err := connect(dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
+	}
+	u.kernel.conn = c
+	s := &Served{dir: dir, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		newLoop(c, u, opts, o.Log).run()
+		u.OnUnmount()
+	}()
+	// Whoever asks for anything waits until the kernel's INIT is answered.
+	if root {
+		s.readAhead(maxRead >> 10)
+	}
+	return s, nil
 }
 
 // canPassThrough says whether the kernel may be asked to read and write the

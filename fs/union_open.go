@@ -226,8 +226,8 @@ func (u *Union) passThrough(n *node) bool {
 		// passing through it writes as the daemon, whom it lets keep them.
 		return false
 	}
-	id, errno := u.kernel.server.RegisterBackingFd(&fuse.BackingMap{Fd: int32(o.fd)})
-	if errno != 0 || id <= 0 {
+	id, err := u.kernel.conn.backing(o.fd)
+	if err != nil || id <= 0 {
 		// Not this kernel, not this user, or not this filesystem: it will not come.
 		u.kernel.through.Store(false)
 		return false
@@ -261,7 +261,7 @@ func (u *Union) close(n *node, fh uint64) {
 		// The kernel has let go of the file before it said so (fuse_file_put in
 		// fs/fuse/file.c).
 		if o.passed--; o.passed == 0 {
-			u.kernel.server.UnregisterBackingFd(o.backing)
+			u.kernel.conn.release(o.backing)
 		}
 	} else {
 		o.cached--

@@ -1,0 +1,190 @@
+package fs
+
+import (
+	"encoding/binary"
+	"errors"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// A loop answers the requests of a connection. Mostly one thread does it all:
+// it reads a request, handles it and writes the answer, so that a program that
+// does one thing after another meets the same warm thread each time, and nobody
+// else is woken. go-fuse's own server has several threads read in turns, which
+// costs a request as much again.
+//
+// A request that may take long (it waits for a disk, or for the network) is not
+// let hold up others: the thread that has it gives the lead away before, where
+// the kind of request tells, or has it taken away by the watch, where a request
+// turns out to take longer than a tick.
+type loop struct {
+	*conn
+	server *fuse.ProtocolServer
+	log    *slog.Logger
+	size   int // of the largest request and answer, bytes
+
+	// turn counts what the leader does: even while it reads, odd while it
+	// handles. Who changes it from odd leads.
+	turn    atomic.Uint64
+	idle    chan struct{} // wakes the watch
+	resting atomic.Bool   // the watch sleeps until it is woken
+	ended   chan struct{}
+	threads sync.WaitGroup
+	spare   sync.Pool // of buffers
+}
+
+type buffers struct{ in, out []byte }
+
+// tick is how long one request may keep others from being read.
+const tick = 500 * time.Microsecond
+
+func newLoop(c *conn, raw fuse.RawFileSystem, opts *fuse.MountOptions, log *slog.Logger) *loop {
+	const head = 1 << 12 // more than any request or answer has beside its data
+	l := &loop{
+		conn: c, server: fuse.NewProtocolServer(raw, opts), log: log, size: opts.MaxWrite + 2*head,
+		idle: make(chan struct{}, 1), ended: make(chan struct{}),
+	}
+	l.spare.New = func() any { return &buffers{make([]byte, l.size), make([]byte, l.size)} }
+	return l
+}
+
+// run serves until the mount has ended and all requests are answered.
+func (l *loop) run() {
+	l.threads.Add(1)
+	go l.lead(l.turn.Load())
+	go l.watch()
+	l.threads.Wait()
+	close(l.ended)
+	unix.Close(l.fd)
+}
+
+// lead reads and handles requests for as long as it has the lead, which began
+// with this turn.
+func (l *loop) lead(turn uint64) {
+	defer l.threads.Done()
+	b := l.spare.Get().(*buffers)
+	defer l.spare.Put(b)
+	for {
+		n, err := unix.Read(l.fd, b.in)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT):
+			continue // ENOENT: the request was interrupted before it was read
+		case err != nil:
+			if !errors.Is(err, unix.ENODEV) { // unmounted
+				l.log.Error("FUSE connection", "err", err)
+			}
+			return
+		}
+		turn++
+		l.turn.Store(turn)
+		if l.resting.Load() && l.resting.CompareAndSwap(true, false) {
+			l.idle <- struct{}{}
+		}
+		leading := true
+		if mayWait(b.in[:n]) {
+			leading = !l.pass(turn)
+		}
+		l.answer(b, n)
+		if !leading || !l.turn.CompareAndSwap(turn, turn+1) {
+			return // another leads by now
+		}
+		turn++
+	}
+}
+
+// pass gives the lead to another thread, if the one that handles turn has it.
+func (l *loop) pass(turn uint64) bool {
+	if !l.turn.CompareAndSwap(turn, turn+1) {
+		return false
+	}
+	l.threads.Add(1)
+	go l.lead(turn + 1)
+	return true
+}
+
+// watch takes the lead from a thread that is with one request for a tick or two.
+// When nothing was asked for a while it rests.
+func (l *loop) watch() {
+	const quiet = 200 // ticks
+	for still := 0; ; {
+		last := l.turn.Load()
+		select {
+		case <-l.ended:
+			return
+		case <-time.After(tick):
+		}
+		now := l.turn.Load()
+		switch {
+		case now != last:
+			still = 0
+		case now%2 == 1:
+			l.pass(now)
+		default:
+			still++
+		}
+		if still < quiet {
+			continue
+		}
+		l.resting.Store(true)
+		// What came meanwhile is seen here, or its thread sees that we rest.
+		if l.turn.Load() != now && l.resting.CompareAndSwap(true, false) {
+			still = 0
+			continue
+		}
+		select {
+		case <-l.ended:
+			return
+		case <-l.idle:
+			still = 0
+		}
+	}
+}
+
+// mayWait reports whether a request is of a kind that waits for a disk or for the
+// network.
+func mayWait(request []byte) bool {
+	const ( // include/uapi/linux/fuse.h
+		opRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange = 15, 16, 20, 30, 43, 47
+	)
+	if len(request) < 8 {
+		return false
+	}
+	switch binary.NativeEndian.Uint32(request[4:]) {
+	case opRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange:
+		return true
+	}
+	return false
+}
+
+// answer handles a request and writes its answer, if it has one.
+func (l *loop) answer(b *buffers, n int) {
+	m, st := l.server.HandleRequest([][]byte{b.in[:n]}, [][]byte{b.out})
+	if m == 0 {
+		if !st.Ok() && n >= 16 {
+			// It could not be understood, and still its caller waits.
+			le := binary.NativeEndian
+			le.PutUint32(b.out[0:], 16)
+			le.PutUint32(b.out[4:], ^uint32(unix.EIO)+1) // negative
+			copy(b.out[8:16], b.in[8:16])
+			m = 16
+		} else {
+			return
+		}
+	}
+	for {
+		_, err := unix.Write(l.fd, b.out[:m])
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV):
+			return // ENOENT: nobody waits for it any more
+		}
+		l.log.Error("FUSE answer", "bytes", m, "err", err)
+		return
+	}
+}
