@@ -17,6 +17,8 @@ import (
 
 	digest "github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/varvefs/varve/index"
 )
 
 // Compression names the form of a layer's blob.
@@ -185,10 +187,22 @@ func (p *Packer) check(h *tar.Header) error {
 	if h.Size < 0 || h.Size > 0 && h.Typeflag != tar.TypeReg {
 		return fmt.Errorf("size of %d bytes for an entry of type %q", h.Size, h.Typeflag)
 	}
+	if h.Size > index.MaxFileSize {
+		return fmt.Errorf("a file of %d bytes, of which a mount could show %d", h.Size, int64(index.MaxFileSize))
+	}
 	if p.toc == nil {
 		return nil
 	}
 	return p.toc.check(h)
+}
+
+// Check refuses what [Packer.Add] would refuse of a header, before anything is
+// read.
+func (p *Packer) Check(h *tar.Header) error {
+	if err := p.check(asWritten(h)); err != nil {
+		return fmt.Errorf("pack layer: %s: %w", h.Name, err)
+	}
+	return nil
 }
 
 // add packs an entry. It keeps h.

@@ -28,8 +28,8 @@ func (d *Daemon) use(ctx context.Context, name string, n note) (*using, error) {
 	m, err := d.findIn(name)
 	switch {
 	case err != nil:
-	case m.coming || m.jobs < 0 || m.tree == nil && m.err == nil && m.Unmounted == nil:
-		err = &Error{Message: fmt.Sprintf("the mount %q is on its way: try again in a moment", m.Name), Exit: ExitBusy}
+	case m.coming || m.jobs < 0:
+		err = m.onItsWay()
 	case m.tree == nil && m.jobs > 0:
 		err = &Error{Message: fmt.Sprintf("the mount %q is being read (committed or exported): try again when that has ended", m.Name), Exit: ExitBusy}
 	default:

@@ -68,7 +68,7 @@ func (c *Client) do(ctx context.Context, method, path string, in any) (*http.Res
 			return nil, ctx.Err()
 		case errors.Is(err, syscall.EACCES):
 			return nil, fmt.Errorf("this user may not use the daemon at %s", c.dirs.Socket)
-		case started || !c.Start || !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT):
+		case started || !c.Start || !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ECONNRESET):
 			return nil, &Error{Message: fmt.Sprintf("no daemon at %s: %v", c.dirs.Socket, errors.Unwrap(err)), Exit: ExitError}
 		}
 		if err := c.start(ctx); err != nil {

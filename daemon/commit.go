@@ -220,11 +220,12 @@ func (c *commission) pack(ctx context.Context) (err error) {
 	m := meter{note: c.note, id: c.Name}
 	for i := range entries {
 		m.total += entries[i].Header.Size
-	}
-	for i := range entries {
-		if err = c.add(ctx, p, &entries[i], &m); err != nil {
+		if err = p.Check(entries[i].Header); err != nil {
 			break
 		}
+	}
+	for i := 0; i < len(entries) && err == nil; i++ {
+		err = c.add(ctx, p, &entries[i], &m)
 	}
 	packed, cerr := p.Close()
 	if cerr != nil {

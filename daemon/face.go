@@ -141,6 +141,10 @@ func (f *faces) serve(name string, data fs.Data) (string, error) {
 func (f *faces) close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	for _, l := range f.lowers { // of mounts that somebody is still in
+		l.face.Unmount(true)
+		os.Remove(l.dir)
+	}
 	if f.served == nil {
 		return
 	}

@@ -36,6 +36,15 @@ func (f *faces) union(m *mount, writer, kind string, t *tree, up *upper.Dir) (fa
 		m.union = u
 		return s, nil
 	}
+	// After a crash those who are still in the old mount must not keep the new one
+	// from coming.
+	if m.target == "" || m.Unmounted != nil {
+		if used, err := fs.UpperInUse(up); err != nil {
+			return nil, err
+		} else if used {
+			return nil, &Error{Message: fmt.Sprintf("the changes of %q are in use: somebody is still in a mount of them that was taken out of sight (a directory or a file open there)", m.Name), Exit: ExitBusy}
+		}
+	}
 	l, err := f.lower(t, kind)
 	if err != nil {
 		return nil, err

@@ -327,6 +327,12 @@ func (m *mount) down(lazy bool) error {
 	}
 	m.d.m.Mounts.WithLabelValues("mounted", m.kind).Dec()
 	t, up, done := m.tree, m.upper, m.face.Done()
+	if _, ok := m.face.(*overlay); ok && up != nil {
+		// Nobody tells when the last has left what the kernel serves. Whether the
+		// upper is free then is asked of the kernel, see [fs.UpperInUse].
+		up.Close()
+		up = nil
+	}
 	m.tree, m.face, m.upper, m.union = nil, nil, nil, nil
 	end := func() {
 		if up != nil {
@@ -342,6 +348,11 @@ func (m *mount) down(lazy bool) error {
 		go func() { <-done; end() }()
 	}
 	return nil
+}
+
+// onItsWay is what is said of a mount that another verb is bringing up.
+func (m *mount) onItsWay() error {
+	return &Error{Message: fmt.Sprintf("the mount %q is on its way up: interrupt who mounts it, or try again in a moment", m.Name), Exit: ExitBusy}
 }
 
 // forget removes all trace of a mount that is down, its changes too if it was
@@ -370,7 +381,10 @@ func (m *mount) removeDir() {
 func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 	d.mu.Lock()
 	m, err := d.find(o.Mount)
-	if err == nil && m.Unmounted != nil && !m.coming {
+	if err == nil && m.coming {
+		err = m.onItsWay()
+	}
+	if err == nil && m.Unmounted != nil {
 		if err = &(Error{Message: fmt.Sprintf("%s is not mounted: `varve rm %[1]s` deletes its changes", m.Name), Exit: ExitError}); o.Remove {
 			err = nil
 		}

@@ -18,7 +18,9 @@ func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
 	m, err := d.find(o.Mount)
 	switch {
 	case err != nil:
-	case m.coming || m.jobs != 0:
+	case m.coming:
+		err = m.onItsWay()
+	case m.jobs != 0:
 		err = &Error{Message: fmt.Sprintf("the mount %q is in use: try again when that has ended", m.Name), Exit: ExitBusy}
 	case m.tree != nil && !o.Force:
 		err = &Error{Message: fmt.Sprintf("the mount %q is mounted at %s: umount it first, or force it with -f", m.Name, m.Dir), Exit: ExitBusy}
@@ -36,7 +38,9 @@ func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
 		if r.Bytes, err = m.dropUpper(); err != nil {
 			d.mu.Lock()
 			m.jobs, m.Unmounted = 0, now()
+			serr := m.save()
 			d.mu.Unlock()
+			err = errors.Join(err, serr)
 			return r, fmt.Errorf("remove the changes of %s: %w", m.Name, upperError(err))
 		}
 	}

@@ -72,12 +72,13 @@ func (d *Daemon) restore(ctx context.Context) {
 		if m.Unmounted != nil {
 			continue
 		}
+		m.coming = true
 		wg.Go(func() {
 			outcome := "remounted"
 			if err := d.bringBack(ctx, m); err != nil {
 				outcome = "failed"
 				d.mu.Lock()
-				m.err = err
+				m.err, m.coming = err, false
 				d.mu.Unlock()
 				d.log.Error("mount not restored", "mount", m.Name, "image", m.Image, "dir", m.Dir, "err", err)
 			}

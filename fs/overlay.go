@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -81,6 +82,37 @@ func MountOverlay(dir, lower string, up *upper.Dir, o Options) (*Kernel, error) 
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
 	}
 	return &Kernel{dir: dir, done: make(chan struct{})}, nil
+}
+
+// UpperInUse reports whether an overlayfs that is mounted somewhere, or that
+// somebody is in, writes up. Two at a time have no defined outcome.
+//
+// It asks the kernel by a mount that cannot come to be: a work directory on another
+// filesystem is refused, but only after an upper in use was, which is an error
+// where index=on (ovl_get_upper and ovl_get_workdir in fs/overlayfs/super.c).
+func UpperInUse(up *upper.Dir) (bool, error) {
+	if up.Form == upper.Override {
+		return false, nil // never the kernel's
+	}
+	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return false, nil // there is none
+	}
+	defer unix.Close(fd)
+	tree, err := os.OpenFile(up.Tree(), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return false, err
+	}
+	defer tree.Close()
+	for _, p := range [][2]string{
+		{"lowerdir", "/"}, {"upperdir", fmt.Sprintf("/proc/self/fd/%d", tree.Fd())}, {"workdir", "/proc"}, {"index", "on"},
+	} {
+		if err := unix.FsconfigSetString(fd, p[0], p[1]); err != nil {
+			return false, nil // this kernel checks it otherwise
+		}
+	}
+	err = unix.FsconfigCreate(fd)
+	return errors.Is(err, unix.EBUSY), nil
 }
 
 // InUserNamespace reports whether this process's root is not the machine's.

@@ -79,6 +79,14 @@ func (a *app) commit(ctx context.Context, o daemon.CommitOptions, idFile string,
 	if err != nil {
 		return err
 	}
+	if idFile != "" && !o.DryRun {
+		// Found out now rather than when the image is there.
+		f, err := os.OpenFile(idFile, os.O_WRONLY|os.O_CREATE, 0o644)
+		if err != nil {
+			return fmt.Errorf("--iidfile: %w", err)
+		}
+		f.Close()
+	}
 	if err := flush(ctx, c, o.Mount); err != nil {
 		return err
 	}

@@ -26,7 +26,7 @@ func (a *app) cpCmd() *cobra.Command {
 		Long: `Copy files between a mount or an image and the local filesystem.
 
 One of the two is a path in a mount, or, as what is copied, in an image; such a
-one begins with a slash. A local path that has a colon in it must begin with a
+one is counted from the root, with or without a slash. A local path that has a colon in it must begin with a
 slash or a dot. "-" as the first is a tar on standard input, which is unpacked
 into a directory; as the second, a tar on standard output.
 

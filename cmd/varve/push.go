@@ -120,7 +120,11 @@ func toFile(name string, write func(*os.File) error) error {
 	}
 	f, err := os.CreateTemp(filepath.Dir(name), ".varve-*")
 	if err != nil {
-		return err
+		var perr *os.PathError
+		if errors.As(err, &perr) {
+			err = perr.Err
+		}
+		return fmt.Errorf("-o %s: %w", name, err)
 	}
 	defer os.Remove(f.Name())
 	err = write(f)

@@ -44,6 +44,10 @@ func (a *app) umountCmd() *cobra.Command {
 			return each(args, func(arg string) error {
 				o.Mount = mountArg(arg)
 				name, err := c.Unmount(cmd.Context(), o)
+				if st, serr := os.Stat(arg); exitCode(err) == daemon.ExitNotFound && serr == nil && st.IsDir() {
+					o.Mount = mountArg("./" + arg) // no name, but a directory here
+					name, err = c.Unmount(cmd.Context(), o)
+				}
 				if all && exitCode(err) == daemon.ExitNotFound {
 					return nil // somebody was faster
 				}

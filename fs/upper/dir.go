@@ -171,7 +171,7 @@ func Open(path string) (_ *Dir, err error) {
 		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}
 	if d.lock, err = root.OpenFile(lockName, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}
 	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -183,10 +183,10 @@ func Open(path string) (_ *Dir, err error) {
 		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}
 	if d.tree, err = openDir(root, treeName); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}
 	if d.staging, err = openDir(root, workName+"/"+stagingName); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("upper %s: %w", path, err)
 	}
 	var tree, staging unix.Stat_t
 	if err := errors.Join(unix.Fstat(d.tree, &tree), unix.Fstat(d.staging, &staging)); err != nil {
@@ -209,7 +209,7 @@ func readAbout(root *os.Root) (a About, err error) {
 	defer f.Close()
 	dec := json.NewDecoder(io.LimitReader(f, 1<<16))
 	if err := dec.Decode(&a); err != nil {
-		return a, fmt.Errorf("%s: %w", aboutName, err)
+		return a, fmt.Errorf("%s is damaged (%w): it says which image the upper is of, so put it back, or save what is in %s and remove the mount", aboutName, err, treeName)
 	}
 	switch {
 	case a.Version != aboutVersion:
