@@ -112,7 +112,7 @@ func TestExportFaults(t *testing.T) {
 		t.Errorf("got %q, warned %q", got, warned)
 	}
 	// Asked for twice: ahead, and by who reads.
-	if asked := data[0].(*file).asked; asked > 2*int64(len("kept")) {
+	if asked := data[0].(*file).asked.Load(); asked > 2*int64(len("kept")) {
 		t.Errorf("%d bytes of the image were asked for", asked)
 	}
 	broken := errors.New("no registry")

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -156,10 +157,10 @@ func sameTrees(t *testing.T, what string, want, got map[string]seen) {
 // file is the data of the one layer of imageOf.
 type file struct {
 	*os.File
-	asked int64
+	asked atomic.Int64
 }
 
-func (f *file) Ensure(_, n int64) error { f.asked += n; return nil }
+func (f *file) Ensure(_, n int64) error { f.asked.Add(n); return nil }
 func (f *file) Fd() int                 { return int(f.File.Fd()) }
 
 // imageOf makes the index and the data of an image that has a directory's tree.
