@@ -3,7 +3,7 @@
 // this checkout, gives it stores and daemons of its own, and writes each measure's
 // section of bench/RESULTS.md.
 //
-//	go run ./bench/run -registry HOST:PORT [coldmount|walk|memory|bytes|all]
+//	go run ./bench/run -registry HOST:PORT [coldmount|walk|memory|bytes|write|commit|all]
 //
 // It needs root, FUSE, strace, and a registry with the images of the corpus.
 package main
@@ -53,6 +53,8 @@ var measures = []measure{
 	{"walk", "Walks beside ext4", (*bench).walk},
 	{"memory", "Memory of the daemon", (*bench).memory},
 	{"bytes", "Bytes on the wire", (*bench).bytes},
+	{"write", "Writable mounts beside overlayfs and fuse-overlayfs", (*bench).write},
+	{"commit", "Commit beside tar, pigz and sha256sum", (*bench).commit},
 }
 
 func main() {
@@ -109,7 +111,7 @@ func run(ctx context.Context, args []string) error {
 		fmt.Print("\n## ", m.title, "\n\n", s.String(), "\n")
 	}
 	if !found {
-		return fmt.Errorf("%q: want coldmount, walk, memory, bytes or all", which)
+		return fmt.Errorf("%q: want coldmount, walk, memory, bytes, write, commit or all", which)
 	}
 	return nil
 }
