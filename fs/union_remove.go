@@ -71,13 +71,18 @@ func (u *Union) nodeAt(m *name) *node {
 
 func (u *Union) Unlink(cancel <-chan struct{}, h *fuse.InHeader, name string) (st fuse.Status) {
 	defer u.begin(opUnlink, &st)()
-	dir, err := u.own(h.NodeId, 0)
+	return u.remove(h.NodeId, name, u.unlink)
+}
+
+// remove takes a name away from a directory.
+func (u *Union) remove(id uint64, name string, by func(dir *node, name string) error) fuse.Status {
+	dir, err := u.own(id, 0)
 	if err != nil {
 		return upperStatus(err)
 	}
 	u.ns.Lock()
 	defer u.ns.Unlock()
-	return upperStatus(u.unlink(dir, name))
+	return upperStatus(by(dir, name))
 }
 
 // unlink takes away a name of what is no directory. Its caller holds ns for
@@ -138,15 +143,11 @@ func (u *Union) back(m *name) {
 
 func (u *Union) Rmdir(cancel <-chan struct{}, h *fuse.InHeader, name string) (st fuse.Status) {
 	defer u.begin(opUnlink, &st)()
-	dir, err := u.own(h.NodeId, 0)
-	if err != nil {
-		return upperStatus(err)
-	}
-	u.ns.Lock()
-	defer u.ns.Unlock()
-	return upperStatus(u.rmdir(dir, name))
+	return u.remove(h.NodeId, name, u.rmdir)
 }
 
+// rmdir takes away the name of a directory in which nothing is shown. Its caller
+// holds ns for writing.
 func (u *Union) rmdir(dir *node, s string) error {
 	m, err := u.name(dir, s)
 	if err != nil {
