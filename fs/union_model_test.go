@@ -190,7 +190,7 @@ type model struct {
 
 func testModel(t *testing.T, dir string) {
 	if os.Getenv("VARVE_TEST_PLAIN") == "" {
-		t.Skip("no directory to compare with")
+		return // it is not this one that is run
 	}
 	unix.Umask(0o022)
 	seed, err := strconv.ParseUint(os.Getenv("VARVE_TEST_SEED"), 10, 64)
