@@ -20,6 +20,8 @@ const (
 	Gzip                   // gzip members, decompressed from the frame's offset
 	Zstd                   // zstd frames, decompressed from the frame's offset
 	Stream                 // only by decompressing the blob from its start
+	Deflate                // blocks of a gzip blob, decompressed from the frame's point
+	Blocks                 // blocks of a zstd blob, decompressed from the frame's point
 )
 
 func (k Kind) String() string {
@@ -32,6 +34,10 @@ func (k Kind) String() string {
 		return "zstd"
 	case Stream:
 		return "stream"
+	case Deflate:
+		return "deflate"
+	case Blocks:
+		return "zstd blocks"
 	}
 	return fmt.Sprintf("kind %d", uint8(k))
 }
@@ -41,9 +47,11 @@ type Frame struct {
 	Offset int64 // in the blob
 	Length int64 // bytes in the blob
 	Kind   Kind
+	Point  int // one more than the number of its point among the layer's [Points]; 0 where it has none
 }
 
-// Piece is what a frame gives to the data file, with the digest that proves it.
+// Piece is what a frame gives to the data file, with the digest that proves it:
+// zero where only the digest of the frame's point proves it.
 type Piece struct {
 	Data   int64 // offset in the data file
 	Size   int64 // bytes
@@ -71,10 +79,10 @@ type Frames struct {
 }
 
 const (
-	framesMagic  = "varvefr2"
+	framesMagic  = "varvefr3"
 	framesHeader = 8 + 4 + 4 + 8 + 8 // magic, pieces, frames, data size, CRC-32C of the rest
 	pieceSize    = 8 + 8 + 4 + 8 + sha256.Size
-	frameSize    = 8 + 8 + 4 + 4 + 1
+	frameSize    = 8 + 8 + 4 + 4 + 4 + 1
 )
 
 // newFrames encodes a table. Pieces must lie in the order of the data file.
@@ -106,6 +114,7 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 		buf = le.AppendUint64(buf, uint64(f.Length))
 		buf = le.AppendUint32(buf, uint32(from))
 		buf = le.AppendUint32(buf, uint32(at-from))
+		buf = le.AppendUint32(buf, uint32(f.Point))
 		buf = append(buf, byte(f.Kind))
 	}
 	for _, i := range order {
@@ -200,7 +209,7 @@ func (t *Frames) WriteTo(w io.Writer) (int64, error) {
 func (t *Frames) Frame(i int) Frame {
 	r := t.frames[i*frameSize : (i+1)*frameSize]
 	le := binary.LittleEndian
-	return Frame{Offset: int64(le.Uint64(r)), Length: int64(le.Uint64(r[8:])), Kind: Kind(r[24])}
+	return Frame{Offset: int64(le.Uint64(r)), Length: int64(le.Uint64(r[8:])), Point: int(le.Uint32(r[24:])), Kind: Kind(r[28])}
 }
 
 func (t *Frames) frameRange(i int) (from, n int) {

@@ -12,6 +12,7 @@ import (
 type Layer struct {
 	Entries []Entry
 	Frames  *Frames
+	Points  *Points // nil where its frames need none
 }
 
 // Chunk is a part of a file as a TOC names it: where its frame begins in the
