@@ -101,13 +101,19 @@ func (b *Builder) Reserve(size int64) (off int64, err error) {
 	return off, nil
 }
 
-// AddPiece records a frame of one piece at a reserved place. Pieces come in the
-// order of the data file.
-func (b *Builder) AddPiece(f Frame, p Piece) {
-	p.Frame = len(b.frames)
+// AddFrame records a frame and gives its number. Frames come in the order of the
+// blob.
+func (b *Builder) AddFrame(f Frame) int {
 	b.frames = append(b.frames, f)
-	b.pieces = append(b.pieces, p)
+	return len(b.frames) - 1
 }
+
+// AddPiece records a piece, at a reserved place, of a frame that was added.
+// Pieces come in the order of the data file.
+func (b *Builder) AddPiece(p Piece) { b.pieces = append(b.pieces, p) }
+
+// Reserved is the number of bytes of the data file that are given away.
+func (b *Builder) Reserved() int64 { return b.next }
 
 // Layer ends the building. dataEnd is where the blob's file contents end (the
 // offset of the TOC, or the blob's size) and bounds the last frame.

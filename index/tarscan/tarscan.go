@@ -103,7 +103,8 @@ func Scan(r io.Reader, c Compression, sink Sink) (*index.Layer, Result, error) {
 		res.DiffID, res.Uncompressed = res.Digest, res.Size
 	}
 	for _, p := range s.pieces {
-		s.b.AddPiece(p.frame, p.piece)
+		p.piece.Frame = s.b.AddFrame(p.frame)
+		s.b.AddPiece(p.piece)
 	}
 	// The frames say themselves where they lie: nothing is bounded by the end.
 	l, err := s.b.Layer(res.Size)
