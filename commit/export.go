@@ -18,9 +18,10 @@ import (
 
 // Data is the data file of a layer.
 type Data interface {
-	// Ensure returns nil when [off, off+n) of the data file holds the layer's
-	// bytes.
-	Ensure(off, n int64) error
+	// Hold returns nil when [off, off+n) of the data file holds the layer's bytes.
+	// They stay there until Release, which is then called once.
+	Hold(off, n int64) error
+	Release()
 	// Fd gives a descriptor of the data file that stays open meanwhile.
 	Fd() int
 }
@@ -167,10 +168,11 @@ func (x *exporter) fromImage(ctx context.Context, it *leaf) error {
 		}
 		n := min(int64(len(x.buf)), it.in.Size-at)
 		d := x.data[it.device]
-		if err := d.Ensure(it.off+at, n); err != nil {
+		if err := d.Hold(it.off+at, n); err != nil {
 			return err
 		}
 		got, err := unix.Pread(d.Fd(), x.buf[:n], it.off+at)
+		d.Release()
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -216,7 +218,9 @@ func (a *ahead) add(it *leaf) {
 		return // enough is under way
 	}
 	a.group.Go(func() {
-		_ = a.data[it.device].Ensure(it.off, min(it.in.Size, aheadBytes))
+		if d := a.data[it.device]; d.Hold(it.off, min(it.in.Size, aheadBytes)) == nil {
+			d.Release()
+		}
 		<-a.free
 	})
 }

@@ -132,5 +132,6 @@ func TestExportFaults(t *testing.T) {
 
 type failing struct{ err error }
 
-func (f failing) Ensure(int64, int64) error { return f.err }
-func (f failing) Fd() int                   { return -1 }
+func (f failing) Hold(int64, int64) error { return f.err }
+func (f failing) Release()                {}
+func (f failing) Fd() int                 { return -1 }

@@ -160,8 +160,9 @@ type file struct {
 	asked atomic.Int64
 }
 
-func (f *file) Ensure(_, n int64) error { f.asked.Add(n); return nil }
-func (f *file) Fd() int                 { return int(f.File.Fd()) }
+func (f *file) Hold(_, n int64) error { f.asked.Add(n); return nil }
+func (f *file) Release()              {}
+func (f *file) Fd() int               { return int(f.File.Fd()) }
 
 // imageOf makes the index and the data of an image that has a directory's tree.
 func imageOf(t *testing.T, root string) (*index.Image, []Data) {

@@ -71,12 +71,14 @@ type ImageOptions struct {
 	Pull     string     `json:"pull,omitempty"`     // missing (default), always, never
 	Offline  bool       `json:"offline,omitempty"`  // never ask the network, for bytes neither
 	Insecure bool       `json:"insecure,omitempty"` // plain HTTP and unverified TLS allowed
+	Index    string     `json:"index,omitempty"`    // what layers are read by: auto (default), none, require
 	Auth     image.Auth `json:"auth"`               // where credentials are, never what they are
 	// AuthConfig is the caller's DOCKER_AUTH_CONFIG. It crosses the socket and is
 	// never stored: after a restart the mount has what Auth names.
 	AuthConfig string `json:"auth_config,omitempty"`
 
-	target string // the image ID of a mount that comes back, whatever its tag names by now
+	target string   // the image ID of a mount that comes back, whatever its tag names by now
+	keys   []string // what its layers had in the store
 }
 
 // MountOptions are what `varve mount` asks for.
@@ -90,6 +92,8 @@ type MountOptions struct {
 	RW      bool   `json:"rw,omitempty"`      // changes go to an upper and stay there
 	Upper   string `json:"upper,omitempty"`   // its directory, absolute; "" for one in the state directory
 	Overlay string `json:"overlay,omitempty"` // who writes it: auto (default), kernel, fuse
+
+	Wait bool `json:"wait,omitempty"` // until layers that must be read whole have been
 }
 
 // Mount is what is known of a mount.
@@ -102,7 +106,7 @@ type Mount struct {
 	Config     string    `json:"Config"`   // digest of the config
 	Platform   string    `json:"Platform"`
 	Dir        string    `json:"Mountpoint"`
-	State      string    `json:"State"` // mounted, restoring, failed, unmounted
+	State      string    `json:"State"` // mounted, reading, restoring, failed, unmounted
 	Error      string    `json:"Error,omitempty"`
 	Created    time.Time `json:"Created"`
 	Face       string    `json:"Face"`
@@ -129,7 +133,9 @@ type Layer struct {
 	DiffID    string `json:"DiffID,omitempty"`
 	MediaType string `json:"MediaType"`
 	Format    string `json:"Format"`
-	Reason    string `json:"Reason"`
+	Index     string `json:"Index"`              // what makes it lazy: toc, varve, soci, checkpoints; "" while it is read whole
+	Reason    string `json:"Reason"`             // why that
+	Unproven  bool   `json:"Unproven,omitempty"` // not yet compared with its index, which others made
 	Size      int64  `json:"Size"`
 	Fetched   int64  `json:"Fetched"`
 	Local     int64  `json:"Local"`
@@ -269,12 +275,14 @@ type Status struct {
 // event is a line of an answer that takes its time: progress, then a result or
 // an error.
 type event struct {
-	Progress string     `json:"progress,omitempty"`
-	Warning  string     `json:"warning,omitempty"`
-	Status   *Status    `json:"status,omitempty"`
-	Mount    *Mount     `json:"mount,omitempty"`
-	Commit   *Committed `json:"commit,omitempty"`
-	Push     *Pushed    `json:"push,omitempty"`
-	Saved    bool       `json:"saved,omitempty"`
-	Error    *Error     `json:"error,omitempty"`
+	Progress  string     `json:"progress,omitempty"`
+	Warning   string     `json:"warning,omitempty"`
+	Status    *Status    `json:"status,omitempty"`
+	Mount     *Mount     `json:"mount,omitempty"`
+	Commit    *Committed `json:"commit,omitempty"`
+	Push      *Pushed    `json:"push,omitempty"`
+	Converted *Converted `json:"converted,omitempty"`
+	Saved     bool       `json:"saved,omitempty"`
+	Indexed   *Indexed   `json:"indexed,omitempty"`
+	Error     *Error     `json:"error,omitempty"`
 }

@@ -26,6 +26,13 @@ type using struct {
 func (d *Daemon) use(ctx context.Context, name string, n note) (*using, error) {
 	d.mu.Lock()
 	m, err := d.findIn(name)
+	if err == nil && m.growth != nil {
+		d.mu.Unlock()
+		if err := m.whole(ctx); err != nil {
+			return nil, err
+		}
+		return d.use(ctx, name, n)
+	}
 	switch {
 	case err != nil:
 	case m.coming || m.jobs < 0:

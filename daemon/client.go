@@ -222,6 +222,28 @@ func (c *Client) follow(ctx context.Context, path string, in any) (event, error)
 	}
 }
 
+// Index makes indexes of an image's layers.
+func (c *Client) Index(ctx context.Context, o IndexOptions) (*Indexed, error) {
+	e, err := c.follow(ctx, "/v1/index", o)
+	return e.Indexed, err
+}
+
+// Indexes lists the indexes that an image has in its registry.
+func (c *Client) Indexes(ctx context.Context, o ImageOptions) (xs []ImageIndex, err error) {
+	return xs, c.get(ctx, http.MethodPost, "/v1/indexes", o, &xs)
+}
+
+// RemoveIndexes deletes indexes of an image from its registry and gives their
+// digests.
+func (c *Client) RemoveIndexes(ctx context.Context, o IndexRemoval) (digests []string, err error) {
+	return digests, c.get(ctx, http.MethodPost, "/v1/indexes/rm", o, &digests)
+}
+
+// Drop punches contents of layers out of the store.
+func (c *Client) Drop(ctx context.Context, o DropOptions) (ds []Dropped, err error) {
+	return ds, c.get(ctx, http.MethodPost, "/v1/store/drop", o, &ds)
+}
+
 // Unmount ends a mount and gives its name.
 func (c *Client) Unmount(ctx context.Context, o UnmountOptions) (name string, err error) {
 	return name, c.get(ctx, http.MethodPost, "/v1/unmount", o, &name)

@@ -35,6 +35,7 @@ type Daemon struct {
 	fetcher    *fetch.Fetcher
 	faces      *faces
 	stop       context.CancelFunc
+	life       context.Context // ends with the daemon
 
 	faults     chan readFault
 	background sync.WaitGroup // restoring, logging faults
@@ -61,7 +62,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	defer unlock()
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	d := &Daemon{dirs: c.Dirs, log: c.Log, stop: stop, registry: prometheus.NewRegistry(), mounts: map[string]*mount{}, faults: make(chan readFault, 64), indexes: map[string]*sharedIndex{}}
+	d := &Daemon{dirs: c.Dirs, log: c.Log, stop: stop, life: ctx, registry: prometheus.NewRegistry(), mounts: map[string]*mount{}, faults: make(chan readFault, 64), indexes: map[string]*sharedIndex{}}
 	d.m = metrics.New(d.registry)
 	metrics.Runtime(d.registry)
 	st, err := store.Open(c.Dirs.Cache)
@@ -182,7 +183,7 @@ func (d *Daemon) pathOf(f readFault) (mount, path string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if m.tree == nil {
+		if m.tree == nil || m.tree.index == nil {
 			continue
 		}
 		for device, h := range m.tree.layers {

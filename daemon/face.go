@@ -34,10 +34,11 @@ type faces struct {
 	data   *fs.DataFiles
 	served *fs.Served
 	lowers map[string]*lower // by directory
+	plain  map[string]int    // by layer: kernel mounts that read its data file in place
 }
 
 func newFaces(d *Daemon) *faces {
-	f := &faces{d: d, lowers: map[string]*lower{}}
+	f := &faces{d: d, lowers: map[string]*lower{}, plain: map[string]int{}}
 	f.probe = sync.OnceValue(f.tryKernel)
 	return f
 }
@@ -77,19 +78,7 @@ func (f *faces) options(t *tree, setuid bool) fs.Options {
 func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 	o := f.options(t, setuid)
 	if kind == faceKernel {
-		paths := make([]string, len(t.layers))
-		for i, l := range t.layers {
-			var err error
-			if paths[i], err = f.device(l); err != nil {
-				return nil, err
-			}
-			o.Direct = o.Direct || paths[i] != l.Path()
-		}
-		k, err := fs.MountKernel(dir, t.index.path, paths, o)
-		if err != nil {
-			return nil, err
-		}
-		return k, nil
+		return f.kernel(dir, t, o)
 	}
 	s, err := fs.Serve(dir, fs.NewTree(t.index.Image, t.data(), o), o)
 	if err != nil {
@@ -98,11 +87,77 @@ func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 	return s, nil
 }
 
+// beneath mounts the kernel face of t in the place of the mount at dir.
+func (f *faces) beneath(dir string, t *tree, setuid bool) (face, error) {
+	o := f.options(t, setuid)
+	o.Beneath = true
+	return f.kernel(dir, t, o)
+}
+
+func (f *faces) kernel(dir string, t *tree, o fs.Options) (face, error) {
+	k := &kernelFace{faces: f}
+	paths := make([]string, len(t.layers))
+	for i, l := range t.layers {
+		var err error
+		if paths[i], err = f.device(l); err != nil {
+			return nil, err
+		}
+		if paths[i] == l.Path() {
+			k.plain = append(k.plain, l.Key)
+		} else {
+			o.Direct = true
+		}
+	}
+	f.inPlace(k.plain, 1) // before it reads them
+	var err error
+	if k.Kernel, err = fs.MountKernel(dir, t.index.path, paths, o); err != nil {
+		f.inPlace(k.plain, -1)
+		return nil, err
+	}
+	return k, nil
+}
+
+// kernelFace is the kernel's EROFS over the data files of layers.
+type kernelFace struct {
+	*fs.Kernel
+	faces *faces
+	plain []string // the layers whose data files it reads in place
+}
+
+// Unmount ends the mount. Nobody says when the last has left one that was taken
+// out of sight: its data files count as read for as long as the daemon lives.
+func (k *kernelFace) Unmount(lazy bool) error {
+	err := k.Kernel.Unmount(lazy)
+	select {
+	case <-k.Done():
+		k.faces.inPlace(k.plain, -1)
+		k.plain = nil
+	default:
+	}
+	return err
+}
+
+func (f *faces) inPlace(keys []string, by int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, k := range keys {
+		f.plain[k] += by
+	}
+}
+
+// readInPlace reports whether the kernel reads a layer's data file without asking.
+func (f *faces) readInPlace(key string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.plain[key] > 0
+}
+
 // device gives the path that the kernel reads a layer's data from: the plain
 // file where all of it is here, so that nothing of ours is in the way; else the
-// file that we serve.
+// file that we serve. One whose index others made is not read behind our back
+// before it is proven.
 func (f *faces) device(l *fetch.Handle) (string, error) {
-	if l.Whole() {
+	if l.Whole() && !l.About().Unproven {
 		return l.Path(), nil
 	}
 	return f.serve(dataName(l.Key), l.Layer)
@@ -225,6 +280,7 @@ type probeData struct {
 	size int64
 }
 
-func (p *probeData) Ensure(int64, int64) error { return nil }
-func (p *probeData) Fd() int                   { return int(p.file.Fd()) }
-func (p *probeData) Size() int64               { return p.size }
+func (p *probeData) Hold(int64, int64) error { return nil }
+func (p *probeData) Release()                {}
+func (p *probeData) Fd() int                 { return int(p.file.Fd()) }
+func (p *probeData) Size() int64             { return p.size }

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -160,10 +159,14 @@ func (t *tree) copy(ctx context.Context, w io.Writer, in *index.Inode) error {
 	buf := make([]byte, min(step, in.Size))
 	for end := off + in.Size; off < end; {
 		n := min(int64(len(buf)), end-off)
-		if err := errors.Join(ctx.Err(), l.Ensure(off, n)); err != nil {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := l.Hold(off, n); err != nil {
 			return err
 		}
 		got, err := unix.Pread(l.Fd(), buf[:n], off)
+		l.Release()
 		if err != nil || got == 0 {
 			return fmt.Errorf("data file: %d of %d bytes: %w", got, n, err)
 		}

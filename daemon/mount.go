@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/fs"
 	"github.com/varvefs/varve/fs/upper"
 	"github.com/varvefs/varve/image"
@@ -24,6 +25,7 @@ type record struct {
 	OwnUpper  bool       `json:"own_upper,omitempty"` // the upper lies in the state directory
 	Unmounted *time.Time `json:"unmounted,omitempty"` // since when only its changes are kept
 	Created   time.Time  `json:"created"`
+	Keys      []string   `json:"keys,omitempty"` // of the layers in the store
 }
 
 // mount is a mount, or the record of one that is down: it could not be brought
@@ -37,6 +39,8 @@ type mount struct {
 	reason string
 	err    error // why it is down
 	coming bool  // on its way up for a client
+
+	growth *growth // of an image of which layers are still read; guarded by Daemon.mu
 
 	jobs int // what reads the upper now, see [mount.use]; guarded by Daemon.mu
 
@@ -64,6 +68,7 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 	again := m.Unmounted
 	if err = m.up(ctx, n); err == nil {
 		m.Target, m.Unmounted = m.tree.manifest.Target.String(), nil
+		m.Keys = m.tree.keys()
 		err = m.save()
 	}
 	d.mu.Lock()
@@ -90,9 +95,14 @@ func (m *mount) up(ctx context.Context, n note) error {
 	if err != nil {
 		return err
 	}
-	t, err := m.d.open(ctx, m.ImageOptions, n)
+	o := m.ImageOptions
+	o.keys = m.Keys
+	t, err := m.d.openTree(ctx, o, n, !m.Wait && !m.RW)
 	if err != nil {
 		return err
+	}
+	if t.passes != nil {
+		return m.grow(t, kind, n)
 	}
 	var f face
 	if m.RW {
@@ -134,7 +144,7 @@ func (m *mount) down(lazy bool) error {
 		up.Close()
 		up = nil
 	}
-	m.tree, m.face, m.upper, m.union = nil, nil, nil, nil
+	m.tree, m.face, m.upper, m.union, m.growth = nil, nil, nil, nil, nil
 	end := func() {
 		if up != nil {
 			up.Close()
@@ -329,16 +339,27 @@ func (m *mount) view(layers bool) Mount {
 		return v
 	}
 	t := m.tree
+	if m.growth != nil {
+		v.State = "reading"
+	}
+	if m.err != nil {
+		v.State, v.Error = "failed", m.err.Error()
+	}
 	v.Target, v.Manifest, v.Config = t.manifest.Target.String(), t.manifest.Digest.String(), t.manifest.ConfigDesc.Digest.String()
 	if t.manifest.Platform != "" {
 		v.Platform = t.manifest.Platform
 	}
-	v.Files = t.index.Inodes()
+	if t.index != nil {
+		v.Files = t.index.Inodes()
+	}
 	for i, h := range t.layers {
-		l := Layer{
-			Digest: h.Digest, DiffID: h.About.DiffID, MediaType: t.manifest.Layers[i].MediaType, Format: h.About.Format,
-			Reason: h.About.Why, Size: h.About.Size, Fetched: h.Fetched(), Local: h.Local(), Whole: h.Whole(),
+		var l Layer
+		if h == nil {
+			l = passOf(t.passes[i])
+		} else {
+			l = layerOf(h)
 		}
+		l.MediaType = t.manifest.Layers[i].MediaType
 		v.Size += l.Size
 		v.Fetched += l.Fetched
 		v.Local += l.Local
@@ -347,4 +368,20 @@ func (m *mount) view(layers bool) Mount {
 		}
 	}
 	return v
+}
+
+// layerOf says what is known of a layer that can be read.
+func layerOf(h *fetch.Handle) Layer {
+	a := h.About()
+	return Layer{
+		Digest: h.Digest, DiffID: a.DiffID, Format: a.Format, Index: a.Index, Reason: a.Why, Unproven: a.Unproven,
+		Size: a.Size, Fetched: h.Fetched(), Local: h.Local(), Whole: h.Whole(),
+	}
+}
+
+// passOf says what is known of one that is still read.
+func passOf(p *fetch.Pass) Layer {
+	a := p.About()
+	n, size := p.Read()
+	return Layer{Digest: p.Digest(), Format: a.Format, Reason: a.Why, Size: size, Fetched: n, Local: n}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -25,11 +24,12 @@ func (n note) warn(format string, args ...any)     { n(event{Warning: fmt.Sprint
 
 // tree is an image ready to be read: its manifest, its layers and their index.
 type tree struct {
+	*resolved
 	manifest *image.Manifest
-	blobs    *blobs
-	layers   []*fetch.Handle
-	index    *sharedIndex
-	refs     atomic.Int32 // beyond the first
+	layers   []*fetch.Handle // nil where the layer is still read
+	passes   []*fetch.Pass   // nil, or by layer those that are
+	index    *sharedIndex    // nil while layers are
+	refs     atomic.Int32    // beyond the first
 }
 
 func (t *tree) retain() { t.refs.Add(1) }
@@ -39,15 +39,18 @@ func (t *tree) close() {
 	if t.refs.Add(-1) >= 0 {
 		return
 	}
-	for _, l := range t.layers {
+	for _, l := range opened(t.layers) {
 		l.Close()
+	}
+	for _, p := range t.passes {
+		if p != nil {
+			p.Close()
+		}
 	}
 	if t.index != nil {
 		t.index.release()
 	}
-	if t.blobs != nil {
-		t.blobs.Close()
-	}
+	t.resolved.close()
 }
 
 // data gives the layers as the faces read them.
@@ -62,43 +65,21 @@ func (t *tree) data() []fs.Data {
 // open makes an image readable. The manifest comes from the local store or the
 // registry, as Pull says; the config is fetched beside the layers' tables of
 // contents, since only a layer that is read whole needs it.
-func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (_ *tree, err error) {
-	name, err := image.ParseName(o.Image)
-	if err == nil {
-		_, err = image.NormalizePlatform(o.Platform)
-	}
+func (d *Daemon) open(ctx context.Context, o ImageOptions, n note) (*tree, error) {
+	return d.openTree(ctx, o, n, false)
+}
+
+// openTree is open for who may not want to wait for layers that must be read
+// whole: then the tree has their passes.
+func (d *Daemon) openTree(ctx context.Context, o ImageOptions, n note, growing bool) (*tree, error) {
+	r, err := d.resolve(ctx, o, n)
 	if err != nil {
-		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
-	}
-	t := &tree{}
-	defer func() {
-		if err != nil {
-			t.close()
-		}
-	}()
-	src, err := d.source(name, o)
-	if err != nil && (o.Pull == "always" || !errors.Is(err, image.ErrNotFound)) {
 		return nil, err
 	}
-	t.blobs = &blobs{d: d}
-	if src != nil {
-		t.blobs.sources = []image.Source{src}
-	}
-	var config []byte
-	if t.manifest, config, err = d.manifest(ctx, src, name, o, n); err != nil {
-		return nil, err
-	}
-	// An image that was made here has its layers in the repositories of what it
-	// was made of, and in its own only if it was pushed.
-	for _, from := range slices.Backward(t.manifest.Sources) {
-		if s, err := d.source(from, o); err != nil {
-			n.warn("%v", err)
-		} else if s != nil {
-			t.blobs.sources = slices.Insert(t.blobs.sources, 0, s)
-		}
-	}
-	if err := d.openLayers(ctx, t, config, o, n); err != nil {
-		return nil, fmt.Errorf("%s: %w", name.Familiar(), err)
+	t := &tree{manifest: r.manifest, resolved: r}
+	if err := t.openLayers(ctx, n, growing); err != nil {
+		t.close()
+		return nil, fmt.Errorf("%s: %w", r.name.Familiar(), err)
 	}
 	return t, nil
 }
@@ -108,9 +89,7 @@ func (d *Daemon) source(name image.Name, o ImageOptions) (image.Source, error) {
 	if o.Offline {
 		return nil, nil
 	}
-	auth := o.Auth
-	auth.Inline = o.AuthConfig
-	src, err := d.registries.Source(name, image.Options{Insecure: o.Insecure, Auth: auth, Log: d.log})
+	src, err := d.registries.Source(name, d.imageOptions(o))
 	if err != nil {
 		return nil, err // not src, which may be a nil of some type
 	}
@@ -166,57 +145,40 @@ func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name
 
 // openLayers opens all layers side by side, keeps the image's documents, and
 // builds or finds the index.
-func (d *Daemon) openLayers(ctx context.Context, t *tree, config []byte, o ImageOptions, n note) error {
-	getConfig := sync.OnceValues(func() ([]byte, error) {
-		if config != nil {
-			return config, nil
-		}
-		if len(t.blobs.sources) == 0 {
-			return nil, fmt.Errorf("config %.19s: %w", t.manifest.ConfigDesc.Digest, fetch.ErrOffline)
-		}
-		return t.blobs.sources[len(t.blobs.sources)-1].Config(ctx, t.manifest)
-	})
-	diffIDs := sync.OnceValues(func() ([]string, error) { return d.diffIDs(t.manifest, getConfig, o.Platform) })
+func (t *tree) openLayers(ctx context.Context, n note, growing bool) error {
+	r := t.resolved
 	t.layers = make([]*fetch.Handle, len(t.manifest.Layers))
-	eg, ctx := errgroup.WithContext(ctx)
-	for i, l := range t.manifest.Layers {
+	passes := make([]*fetch.Pass, len(t.layers))
+	eg, ectx := errgroup.WithContext(ctx)
+	for i := range t.layers {
 		eg.Go(func() error {
-			q := fetch.Request{
-				Digest: l.Digest.String(), Size: l.Size, MediaType: l.MediaType, Annotations: l.Annotations,
-				DiffID: func() (string, error) {
-					ids, err := diffIDs()
-					if err != nil {
-						return "", err
-					}
-					return ids[i], nil
-				},
-				Progress: n.progress,
-			}
-			var err error
-			if q.Blob, err = t.blobs.blob(l); err != nil {
+			q, err := r.request(ectx, i, n)
+			if err != nil {
 				return err
 			}
-			h, err := d.fetcher.Open(ctx, q)
-			t.layers[i] = h
+			if growing {
+				t.layers[i], passes[i], err = r.d.fetcher.Start(ectx, q)
+			} else {
+				t.layers[i], err = r.d.fetcher.Open(ectx, q)
+			}
 			return err
 		})
 	}
-	eg.Go(func() error { _, err := diffIDs(); return err })
-	if err := eg.Wait(); err != nil {
-		t.layers = opened(t.layers)
+	eg.Go(func() error { _, err := r.diffIDs(); return err })
+	err := eg.Wait()
+	if slices.ContainsFunc(passes, func(p *fetch.Pass) bool { return p != nil }) {
+		t.passes = passes
+	}
+	if err != nil {
 		return err
 	}
-	if config == nil {
-		config, err := getConfig()
-		if err != nil {
-			return err
-		}
-		if err := d.images.Put(t.manifest, config); err != nil {
-			return fmt.Errorf("keep the manifest: %w", err)
-		}
+	if err := r.keep(); err != nil {
+		return err
 	}
-	var err error
-	t.index, err = d.sharedIndex(t.layers)
+	if t.passes != nil {
+		return nil
+	}
+	t.index, err = r.d.sharedIndex(t.layers)
 	return err
 }
 

@@ -25,7 +25,11 @@ func (m *mount) save() error {
 	if err != nil {
 		return err
 	}
-	path := m.d.recordPath(m.ID)
+	return writeWhole(m.d.recordPath(m.ID), b)
+}
+
+// writeWhole puts a file in the place of another, whole or not at all.
+func writeWhole(path string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "tmp-")
 	if err != nil {
 		return err

@@ -186,6 +186,17 @@ func (d *Daemon) mux() *http.ServeMux {
 		p, err := d.Push(ctx, o, n)
 		return event{Push: p}, err
 	})
+	follow(mux, "POST /v1/convert", func(ctx context.Context, o ConvertOptions, n note) (event, error) {
+		c, err := d.Convert(ctx, o, n)
+		return event{Converted: c}, err
+	})
+	follow(mux, "POST /v1/index", func(ctx context.Context, o IndexOptions, n note) (event, error) {
+		x, err := d.Index(ctx, o, n)
+		return event{Indexed: x}, err
+	})
+	handle(mux, "POST /v1/indexes", func(ctx context.Context, o ImageOptions) (any, error) { return d.Indexes(ctx, o) })
+	handle(mux, "POST /v1/indexes/rm", func(ctx context.Context, o IndexRemoval) (any, error) { return d.RemoveIndexes(ctx, o) })
+	handle(mux, "POST /v1/store/drop", func(_ context.Context, o DropOptions) (any, error) { return d.Drop(o) })
 	handle(mux, "POST /v1/diff", func(ctx context.Context, o UnmountOptions) (any, error) { return d.Diff(ctx, o.Mount) })
 	handle(mux, "POST /v1/rm", func(_ context.Context, o UnmountOptions) (any, error) { return d.Remove(o) })
 	handle(mux, "POST /v1/prune", func(context.Context, struct{}) (any, error) { return d.Prune() })

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"hash"
+	"hash/crc32"
 	"io"
 	"slices"
 	"sync"
@@ -13,6 +14,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/inflate"
+	"github.com/varvefs/varve/index/zstdblocks"
 )
 
 const (
@@ -24,11 +27,13 @@ const (
 )
 
 // decode reads a frame's compressed bytes from r and writes its pieces, each
-// verified, to w. Where it fails nothing of the frame counts as written.
-func decode(r io.Reader, kind index.Kind, pieces []index.Piece, w io.WriterAt) error {
-	plain, done, err := decompressor(r, kind)
+// verified, to w. point is where a frame begins that does not begin by itself. sum
+// is over what has no digest. Where it fails nothing of the frame counts as
+// written.
+func decode(r io.Reader, kind index.Kind, point index.Point, pieces []index.Piece, w io.WriterAt) (sum uint32, err error) {
+	plain, done, err := decompressor(r, kind, point)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer done()
 	var at int64
@@ -36,10 +41,10 @@ func decode(r io.Reader, kind index.Kind, pieces []index.Piece, w io.WriterAt) e
 	for len(pieces) > 0 {
 		p := &pieces[0]
 		if p.Inner < at {
-			return fmt.Errorf("%w: chunks of a frame overlap at %d", index.ErrMalformed, p.Inner)
+			return 0, fmt.Errorf("%w: chunks of a frame overlap at %d", index.ErrMalformed, p.Inner)
 		}
 		if n, err := io.CopyN(io.Discard, plain, p.Inner-at); err != nil {
-			return fmt.Errorf("%w: the frame ends after %d bytes: %w", ErrVerify, at+n, err)
+			return 0, fmt.Errorf("%w: the frame ends after %d bytes: %w", ErrVerify, at+n, err)
 		}
 		same := 1 // files that have this chunk: it is read once and written to all
 		for same < len(pieces) && pieces[same].Inner == p.Inner && pieces[same].Size == p.Size {
@@ -50,26 +55,32 @@ func decode(r io.Reader, kind index.Kind, pieces []index.Piece, w io.WriterAt) e
 			size = p.Size
 		}
 		buf = slices.Grow(buf[:0], int(size))[:size]
-		if err := decodePiece(plain, pieces[:same], w, buf); err != nil {
-			return err
+		if err := decodePiece(plain, pieces[:same], w, buf, &sum); err != nil {
+			return 0, err
 		}
 		at, pieces = p.Inner+p.Size, pieces[same:]
 	}
-	return nil
+	return sum, nil
 }
 
 // decodePiece reads a piece, by way of buf, to every place that has it. One that
-// fits into buf is written only once it is verified.
-func decodePiece(plain io.Reader, places []index.Piece, w io.WriterAt, buf []byte) error {
+// fits into buf is written only once it is verified. One without a digest is added
+// to sum.
+func decodePiece(plain io.Reader, places []index.Piece, w io.WriterAt, buf []byte, sum *uint32) error {
 	h := sha256.New()
+	proven := places[0].Digest != unknown
 	size := places[0].Size
 	for at := int64(0); at < size; at += int64(len(buf)) {
 		buf = buf[:min(int64(len(buf)), size-at)]
 		if n, err := io.ReadFull(plain, buf); err != nil {
 			return fmt.Errorf("%w: the frame ends %d bytes into a chunk of %d: %w", ErrVerify, at+int64(n), size, err)
 		}
-		h.Write(buf)
-		if at+int64(len(buf)) == size {
+		if proven {
+			h.Write(buf)
+		} else {
+			*sum = crc32.Update(*sum, castagnoli, buf)
+		}
+		if proven && at+int64(len(buf)) == size {
 			if err := check(h, places); err != nil {
 				return err
 			}
@@ -82,6 +93,12 @@ func decodePiece(plain io.Reader, places []index.Piece, w io.WriterAt, buf []byt
 	}
 	return nil
 }
+
+// unknown is the digest of a piece that only its frame's digest proves, or that
+// proves a layer whose index others made.
+var unknown [sha256.Size]byte
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func check(h hash.Hash, places []index.Piece) error {
 	sum := sumOf(h)
@@ -115,7 +132,7 @@ var (
 )
 
 // decompressor gives the plain bytes of a frame. done gives its state back.
-func decompressor(r io.Reader, kind index.Kind) (plain io.Reader, done func(), err error) {
+func decompressor(r io.Reader, kind index.Kind, point index.Point) (plain io.Reader, done func(), err error) {
 	switch kind {
 	case index.Raw:
 		return r, func() {}, nil
@@ -135,6 +152,18 @@ func decompressor(r io.Reader, kind index.Kind) (plain io.Reader, done func(), e
 			return nil, nil, fmt.Errorf("%w: not a zstd frame: %w", ErrVerify, err)
 		}
 		return z, done, nil
+	case index.Deflate:
+		z, err := inflate.Resume(r, point)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", ErrVerify, err)
+		}
+		return z, func() {}, nil
+	case index.Blocks:
+		z, err := zstdblocks.Resume(r, point)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%w: %w", ErrVerify, err)
+		}
+		return z, func() { z.Close() }, nil
 	}
 	return nil, nil, fmt.Errorf("a frame of %v cannot be read by itself", kind)
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/docker/go-units"
 	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
@@ -27,9 +28,11 @@ import (
 
 // The documents of a layer in the store.
 const (
-	tocDocument    = "toc"
-	framesDocument = "frames"
-	aboutDocument  = "about.json"
+	tocDocument      = "toc"
+	framesDocument   = "frames"
+	pointsDocument   = "points"   // where frames need them
+	skeletonDocument = "skeleton" // of a layer that was read whole or proven
+	aboutDocument    = "about.json"
 )
 
 // Fetcher opens layers and shares what they have in common: the store, the
@@ -42,10 +45,14 @@ type Fetcher struct {
 	cpu      chan struct{} // one token for each core that decompresses
 	opening  singleflight.Group
 
-	opened sync.WaitGroup
+	turns *turns
+
+	opened  sync.WaitGroup
+	running sync.WaitGroup // passes
 
 	mu        sync.Mutex // guards what follows; taken before a layer's mu
 	layers    map[string]*Layer
+	passes    map[string]*Pass
 	forgotten []*Layer // open, and no longer in the store
 	closed    bool
 }
@@ -62,7 +69,7 @@ type Config struct {
 func New(c Config) *Fetcher {
 	f := &Fetcher{
 		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience,
-		cpu: make(chan struct{}, runtime.GOMAXPROCS(0)), layers: map[string]*Layer{},
+		cpu: make(chan struct{}, runtime.GOMAXPROCS(0)), turns: newTurns(), layers: map[string]*Layer{}, passes: map[string]*Pass{},
 	}
 	f.opened.Go(f.openAll)
 	return f
@@ -81,6 +88,17 @@ type Request struct {
 	// Progress, if not nil, is told what takes its time.
 	Progress func(format string, args ...any)
 	Blob     Blob // nil when the network may not be asked
+
+	// Index says what may be used to read a layer that is not here: auto or "",
+	// anything; none, nothing, so that it is read whole; require, anything but
+	// reading it whole.
+	Index string
+	// Key is what the layer had in the store when it was last used for the same
+	// image, "" if that is not known.
+	Key string
+	// Find gives the indexes that others made of the layer, the best first. It is
+	// asked if nothing else makes the layer lazy. nil: there are none.
+	Find func(ctx context.Context) ([]Found, error)
 }
 
 // key names a layer in the store: its digest, and for a layer that is read by its
@@ -96,7 +114,7 @@ func (q *Request) key() (string, error) {
 		return "", err
 	}
 	toc, star := estargz.TOCDigest(q.Annotations)
-	if !chunked && !star {
+	if !chunked && !star || q.Index == "none" {
 		return q.Digest, nil
 	}
 	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %s %d", position, toc, q.Size))
@@ -116,28 +134,97 @@ func (q *Request) checkDiffID(got string) error {
 }
 
 // Open gives a layer whose names and frames are known: from the store, by its
-// table of contents, or by reading it whole. The caller closes it.
+// table of contents, by an index that others made, or by reading it whole. The
+// caller closes it.
 func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
-	key, err := q.key()
-	if err != nil {
-		return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
-	}
 	for {
-		h, err := f.acquire(key, q)
-		if !errors.Is(err, store.ErrNotFound) {
+		h, p, err := f.Start(ctx, q)
+		if p == nil {
 			return h, err
 		}
-		if q.Blob == nil {
-			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, ErrOffline)
+		err = p.Wait(ctx)
+		key := p.Key()
+		p.Close()
+		if err != nil {
+			return nil, err
 		}
-		// Who comes second waits for the first, whose context rules; if that one
-		// was canceled, the second goes on by itself.
-		_, err, shared := f.opening.Do(key, func() (any, error) { return nil, f.prepare(ctx, key, q) })
+		if q.Progress != nil {
+			q.Progress("%.19s: done", q.Digest)
+		}
+		if h, err = f.acquire(key, q); !errors.Is(err, store.ErrNotFound) {
+			return h, err
+		}
+	}
+}
+
+// Start is Open for who does not wait for a layer that must be read whole: it
+// gives the pass instead.
+func (f *Fetcher) Start(ctx context.Context, q Request) (*Handle, *Pass, error) {
+	h, p, err := f.start(ctx, q)
+	if err != nil && !strings.HasPrefix(err.Error(), "layer ") {
+		err = fmt.Errorf("layer %.19s: %w", q.Digest, err)
+	}
+	return h, p, err
+}
+
+func (f *Fetcher) start(ctx context.Context, q Request) (*Handle, *Pass, error) {
+	key, err := q.key()
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := f.acquire(key, q)
+	if !errors.Is(err, store.ErrNotFound) {
+		return h, nil, err
+	}
+	reason, why := "no_index", "it has no index, so it was read whole once"
+	switch {
+	case key != q.Digest:
+		if q.Blob == nil {
+			return nil, nil, ErrOffline
+		}
+		h, err := f.prepared(ctx, key, q, nil)
+		if !errors.Is(err, errUnranged) {
+			return h, nil, err
+		}
+		reason, why = "no_range", "the registry does not serve ranges, so it was read whole once"
+	case q.Index == "none":
+		reason, why = "not_wanted", "indexes were not wanted (--index=none), so it was read whole once"
+	default:
+		h, refused, err := f.found(ctx, q)
+		if h != nil || err != nil {
+			return h, nil, err
+		}
+		if refused != nil {
+			reason, why = refused.reason, refused.why+", so it was read whole once"
+		}
+	}
+	if q.Blob == nil {
+		return nil, nil, ErrOffline
+	}
+	if q.Index == "require" {
+		return nil, nil, fmt.Errorf("%w (%s): make one (varve index --push IMAGE), or do not require it", ErrNoIndex, strings.TrimSuffix(why, ", so it was read whole once"))
+	}
+	p, err := f.join(key, &q, reason, why)
+	if err == nil && q.Progress != nil {
+		q.Progress("%.19s: reading all %s: %s", q.Digest, units.HumanSize(float64(q.Size)), strings.Replace(why, "so it was", "so it is", 1))
+	}
+	return nil, p, err
+}
+
+// prepared opens a layer that the store does not have, once it does. Who comes
+// second waits for the first, whose context rules; if that one was canceled, the
+// second goes on by itself.
+func (f *Fetcher) prepared(ctx context.Context, key string, q Request, by *Found) (*Handle, error) {
+	for {
+		_, err, shared := f.opening.Do(key, func() (any, error) { return nil, f.prepare(ctx, key, q, by) })
 		if err == nil {
-			return f.acquire(key, q)
+			if h, err := f.acquire(key, q); !errors.Is(err, store.ErrNotFound) {
+				return h, err
+			}
+			continue
 		}
 		if !shared || ctx.Err() != nil || !errors.Is(err, context.Canceled) {
-			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
+			return nil, err
 		}
 	}
 }
@@ -148,14 +235,17 @@ func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := q.checkDiffID(l.About.DiffID); err != nil {
+	if err := q.checkDiffID(l.About().DiffID); err != nil {
 		return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
 	}
-	h := &Handle{Layer: l, blob: q.Blob}
+	h := &Handle{Layer: l, blob: q.Blob, diffID: q.DiffID}
 	if q.Blob != nil {
 		l.mu.Lock()
 		clear(l.failed) // this one may have what the others had not
 		l.sources = append(l.sources, h)
+		if l.Whole() {
+			l.proveSoon()
+		}
 		l.mu.Unlock()
 	}
 	return h, nil
@@ -201,8 +291,12 @@ func (f *Fetcher) Close() error {
 	f.mu.Lock()
 	layers := append(slices.Collect(maps.Values(f.layers)), f.forgotten...)
 	f.layers, f.forgotten, f.closed = nil, nil, true
+	for _, p := range f.passes {
+		p.cancel()
+	}
 	f.mu.Unlock()
 	f.opened.Wait()
+	f.running.Wait()
 	for _, l := range layers {
 		l.end()
 	}
@@ -218,12 +312,9 @@ func (f *Fetcher) Close() error {
 func (f *Fetcher) load(key string) (*Layer, error) {
 	digest, _, _ := strings.Cut(key, "+")
 	l := &Layer{f: f, Key: key, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
-	raw, err := f.store.Map(key, framesDocument)
-	if err == nil {
-		l.tableMap = raw
-		if err = l.documents(raw); err != nil {
-			unix.Munmap(raw)
-		}
+	err := l.documents()
+	if err != nil {
+		l.unmap()
 	}
 	if errors.Is(err, store.ErrDamaged) || errors.Is(err, index.ErrMalformed) {
 		return nil, fmt.Errorf("%w: %w", store.ErrNotFound, err)
@@ -236,7 +327,11 @@ func (f *Fetcher) load(key string) (*Layer, error) {
 }
 
 // documents reads what the store has of the layer beside its data.
-func (l *Layer) documents(raw []byte) (err error) {
+func (l *Layer) documents() error {
+	raw, err := l.mapped(framesDocument)
+	if err != nil {
+		return err
+	}
 	if l.frames, err = index.ParseFrames(raw); err != nil {
 		return err
 	}
@@ -245,18 +340,40 @@ func (l *Layer) documents(raw []byte) (err error) {
 	}
 	// Verifying touched every page; what reads need comes back by itself.
 	unix.Madvise(raw, unix.MADV_DONTNEED)
-	about, err := l.f.store.Document(l.Key, aboutDocument)
+	n, _, size := l.frames.Len()
+	raw, err = l.mapped(pointsDocument)
+	if err == nil {
+		l.points, err = index.ParsePoints(raw)
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	for i := range n {
+		if p := l.frames.Frame(i).Point; p > 0 && (l.points == nil || p > l.points.Len()) {
+			return fmt.Errorf("%w: frame %d begins at a point that is not there", index.ErrMalformed, i)
+		}
+	}
+	doc, err := l.f.store.Document(l.Key, aboutDocument)
 	if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(about, &l.About); err != nil {
+	about := &About{}
+	if err := json.Unmarshal(doc, about); err != nil {
 		return fmt.Errorf("%w: %s: %w", index.ErrMalformed, aboutDocument, err)
 	}
-	n, _, size := l.frames.Len()
-	if l.data, err = l.f.store.Open(l.Key, size, n); err != nil {
-		return err
+	l.about.Store(about)
+	l.byFrame = about.ByFrame
+	l.data, err = l.f.store.Open(l.Key, size, n)
+	return err
+}
+
+// mapped maps a document for as long as the layer is open.
+func (l *Layer) mapped(name string) ([]byte, error) {
+	raw, err := l.f.store.Map(l.Key, name)
+	if err == nil {
+		l.maps = append(l.maps, raw)
 	}
-	return nil
+	return raw, err
 }
 
 // Stream reads a blob from an offset to its end as it lies in its registry,
@@ -314,7 +431,7 @@ func (l *Layer) give(p *index.Piece, to *Layer) bool {
 	if !ok || own.Size != p.Size || !l.data.Present(own.Frame) {
 		return false
 	}
-	err := decode(io.NewSectionReader(l.data.File(), own.Data, own.Size), index.Raw,
+	_, err := decode(io.NewSectionReader(l.data.File(), own.Data, own.Size), index.Raw, index.Point{},
 		[]index.Piece{{Data: p.Data, Size: p.Size, Digest: p.Digest}}, to.data.File())
 	if errors.Is(err, ErrVerify) {
 		l.f.log.Warn("frame in the store is damaged and fetched again", "layer", l.Digest, "frame", own.Frame)
@@ -331,6 +448,11 @@ func (f *Fetcher) keep(g *store.Staging, l *index.Layer, about About, fetched in
 	}
 	if err := g.Document(framesDocument, func(w io.Writer) error { _, err := l.Frames.WriteTo(w); return err }); err != nil {
 		return err
+	}
+	if l.Points != nil {
+		if err := g.Document(pointsDocument, func(w io.Writer) error { _, err := l.Points.WriteTo(w); return err }); err != nil {
+			return err
+		}
 	}
 	if err := g.Document(aboutDocument, func(w io.Writer) error { return json.NewEncoder(w).Encode(about) }); err != nil {
 		return err

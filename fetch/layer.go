@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,9 +20,16 @@ import (
 // About is what is known of how a layer is read, kept beside it.
 type About struct {
 	Format string // estargz, zstd:chunked, tar+gzip, tar+zstd, tar
+	Index  string // what made it lazy: toc, varve, soci, or, where it was read whole, checkpoints
 	Why    string // in a few words
 	DiffID string // known once the layer was read whole
 	Size   int64  // bytes of the blob
+
+	// Of a layer whose index others made, until it is proven.
+	Unproven     bool  `json:",omitempty"`
+	ByFrame      bool  `json:",omitempty"` // its pieces have no digests, its frames have
+	Contents     int64 `json:",omitempty"` // bytes of the data file before the rest of the tar
+	Uncompressed int64 `json:",omitempty"` // bytes of the tar
 }
 
 // Layer is an open layer: its data file, the table that says which frames fill
@@ -31,16 +39,24 @@ type Layer struct {
 	f      *Fetcher
 	Key    string // its name in the store: the digest, and what vouches for its names
 	Digest string // of the blob
-	About  About
+	about  atomic.Pointer[About]
 
-	frames   *index.Frames
-	tableMap []byte // the mapping that frames reads from
-	data     *store.Data
-	ctx      context.Context // ends when the layer is closed
-	cancel   context.CancelFunc
-	runs     sync.WaitGroup
+	frames  *index.Frames
+	points  *index.Points // nil where no frame needs one
+	byFrame bool          // see About
+	maps    [][]byte      // the mappings that frames and points read from
+	data    *store.Data
+	wrong   atomic.Pointer[error] // why nothing of it may be read any more
+	proving atomic.Bool           // someone proves it, or has tried
+	ctx     context.Context       // ends when the layer is closed
+	cancel  context.CancelFunc
+	runs    sync.WaitGroup
 
-	mu      sync.Mutex      // guards what follows; no other lock is taken under it
+	// gates are held by who reads the data file, and all of them by who drops
+	// frames: the first is the layer's own, the others those of its passes.
+	gate    sync.RWMutex
+	mu      sync.Mutex // guards what follows; no other lock is taken under it
+	gates   []*sync.RWMutex
 	flights map[int]*flight // frames on their way
 	failed  map[int]failure // frames that failed a moment ago
 	sources []*Handle       // who lets the network be asked, the newest last
@@ -50,8 +66,12 @@ type Layer struct {
 // asked for what the layer misses.
 type Handle struct {
 	*Layer
-	blob Blob
+	blob   Blob
+	diffID func() (string, error)
 }
+
+// About says how the layer is read.
+func (l *Layer) About() About { return *l.about.Load() }
 
 // Close takes the handle's blob away from the layer.
 func (h *Handle) Close() {
@@ -92,7 +112,7 @@ func (l *Layer) Fetched() int64 { return l.data.Fetched() }
 func (l *Layer) Local() (n int64) {
 	frames, _, _ := l.frames.Len()
 	if l.Whole() {
-		return l.About.Size
+		return l.About().Size
 	}
 	for i := range frames {
 		if l.data.Present(i) {
@@ -107,6 +127,9 @@ func (l *Layer) Local() (n int64) {
 // life ends a fetch: a reader that is interrupted does not, or a program that
 // signals itself, as every Go program does, could never be read.
 func (l *Layer) Ensure(off, n int64) error {
+	if wrong := l.wrong.Load(); wrong != nil {
+		return *wrong
+	}
 	from, to := l.frames.PiecesIn(off, n)
 	for i := from; i < to; i++ {
 		if !l.data.Present(l.frames.FrameOf(i)) {
@@ -114,6 +137,43 @@ func (l *Layer) Ensure(off, n int64) error {
 		}
 	}
 	return nil
+}
+
+// Hold is Ensure for who then reads: until Release nothing of the range is
+// dropped.
+func (l *Layer) Hold(off, n int64) error { return l.hold(&l.gate, off, n) }
+
+// Release ends what Hold began.
+func (l *Layer) Release() { l.gate.RUnlock() }
+
+func (l *Layer) hold(gate *sync.RWMutex, off, n int64) error {
+	for {
+		if err := l.Ensure(off, n); err != nil {
+			return err
+		}
+		gate.RLock()
+		if l.has(off, n) {
+			return nil
+		}
+		gate.RUnlock() // dropped meanwhile
+	}
+}
+
+func (l *Layer) has(off, n int64) bool {
+	from, to := l.frames.PiecesIn(off, n)
+	for i := from; i < to; i++ {
+		if !l.data.Present(l.frames.FrameOf(i)) {
+			return false
+		}
+	}
+	return true
+}
+
+// gated adds a gate that readers of the data file hold.
+func (l *Layer) gated(gate *sync.RWMutex) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.gates = append(l.gates, gate)
 }
 
 // fetch brings the frames of pieces [from, to).
@@ -210,6 +270,9 @@ func (l *Layer) land(frame int, err error) {
 	}
 	w.err = err
 	close(w.done)
+	if err == nil && l.Whole() {
+		l.proveSoon()
+	}
 }
 
 // start brings claimed frames in the background: from this machine where it has
@@ -244,7 +307,10 @@ func (l *Layer) adjacent(frames []int) int {
 	f := l.frames.Frame(frames[0])
 	for i, n := range frames[1:] {
 		next := l.frames.Frame(n)
-		if f.Kind != next.Kind || f.Kind != index.Stream && f.Offset+f.Length != next.Offset {
+		end := f.Offset + f.Length
+		// A frame may begin in the byte that ends the one before it.
+		shared := next.Offset == end-1 && f.Length <= l.wholeFrame(frames[i])
+		if f.Kind != next.Kind || f.Kind != index.Stream && end != next.Offset && !shared {
 			return i + 1
 		}
 		f = next
@@ -257,7 +323,7 @@ func (l *Layer) adjacent(frames []int) int {
 func (l *Layer) fromDisk(frame int) bool {
 	pieces := l.frames.FramePieces(frame)
 	if l.data.Doubted(frame) {
-		if l.holds(pieces) {
+		if l.holds(frame, pieces) {
 			l.f.m.ReadBytes.WithLabelValues("cache").Add(float64(sizeOf(pieces)))
 			return true
 		}
@@ -267,7 +333,7 @@ func (l *Layer) fromDisk(frame int) bool {
 		return true
 	}
 	for i := range pieces {
-		if !l.f.copyLocal(l, &pieces[i]) {
+		if pieces[i].Digest == unknown || !l.f.copyLocal(l, &pieces[i]) {
 			return false
 		}
 	}
@@ -275,13 +341,16 @@ func (l *Layer) fromDisk(frame int) bool {
 	return true
 }
 
-func (l *Layer) holds(pieces []index.Piece) bool {
+func (l *Layer) holds(frame int, pieces []index.Piece) bool {
+	var sum uint32
+	summed := false
 	for i := range pieces {
-		if err := checkPiece(l.data.File(), &pieces[i]); err != nil {
+		if err := checkPiece(l.data.File(), &pieces[i], &sum); err != nil {
 			return false
 		}
+		summed = summed || pieces[i].Digest == unknown
 	}
-	return true
+	return !summed || sum == l.data.Sum(frame)
 }
 
 func sizeOf(pieces []index.Piece) (n int64) {
@@ -300,7 +369,15 @@ func (l *Layer) end() {
 }
 
 // close closes the files, when every layer has ended.
-func (l *Layer) close() error { return errors.Join(l.data.Close(), unix.Munmap(l.tableMap)) }
+func (l *Layer) close() error { return errors.Join(l.data.Close(), l.unmap()) }
+
+func (l *Layer) unmap() (err error) {
+	for _, m := range l.maps {
+		err = errors.Join(err, unix.Munmap(m))
+	}
+	l.maps = nil
+	return err
+}
 
 // String names the layer in errors.
 func (l *Layer) String() string { return fmt.Sprintf("layer %.19s", l.Digest) }

@@ -9,8 +9,6 @@ import (
 	"io"
 	"slices"
 
-	"github.com/docker/go-units"
-
 	"github.com/varvefs/varve/fetch/store"
 	"github.com/varvefs/varve/index"
 	"github.com/varvefs/varve/index/estargz"
@@ -18,9 +16,10 @@ import (
 	"github.com/varvefs/varve/index/zstdchunked"
 )
 
-// prepare brings a layer that the store does not have: its table of contents
-// where it has one that its manifest vouches for, else the whole of it.
-func (f *Fetcher) prepare(ctx context.Context, key string, q Request) error {
+// prepare brings what the store does not have of a layer that can be read by
+// ranges: its table of contents, which its manifest vouches for, or an index that
+// others made.
+func (f *Fetcher) prepare(ctx context.Context, key string, q Request, by *Found) error {
 	_, err := f.resident(key)
 	if !errors.Is(err, store.ErrNotFound) {
 		return err // another was faster
@@ -33,7 +32,10 @@ func (f *Fetcher) prepare(ctx context.Context, key string, q Request) error {
 		return err
 	}
 	p := preparation{Fetcher: f, Request: q, key: key, ctx: ctx}
-	return p.run()
+	if by != nil {
+		return p.byIndex(by)
+	}
+	return p.byTOC()
 }
 
 // preparation is a layer on its way into the store.
@@ -45,7 +47,7 @@ type preparation struct {
 	fetched int64
 }
 
-func (p *preparation) run() error {
+func (p *preparation) byTOC() error {
 	g, err := p.store.Stage(p.key)
 	if err != nil {
 		return err
@@ -55,21 +57,15 @@ func (p *preparation) run() error {
 	if err != nil {
 		return err
 	}
-	toc, star := estargz.TOCDigest(p.Annotations)
+	toc, _ := estargz.TOCDigest(p.Annotations)
 	var l *index.Layer
-	about := About{Size: p.Size}
-	switch {
-	case chunked:
+	about := About{Size: p.Size, Index: "toc"}
+	if chunked {
 		about.Format, about.Why = "zstd:chunked", "its table of contents is named by the manifest ("+string(position.Dialect)+")"
 		l, err = p.zstdChunked(position)
-	case star:
+	} else {
 		about.Format, about.Why = "estargz", "its table of contents is named by the manifest"
 		l, err = p.eStargz(toc)
-	default:
-		return p.whole(g, "no_index", "it has no table of contents, so it was read whole once")
-	}
-	if errors.Is(err, errUnranged) {
-		return p.whole(g, "no_range", "the registry does not serve ranges, so it was read whole once")
 	}
 	if err != nil {
 		return err
@@ -146,37 +142,28 @@ func (p *preparation) indexError(err error) error {
 	return nil
 }
 
-// whole reads a layer from its first byte to its last, checks what its manifest
-// and config say of it, and keeps everything.
-func (p *preparation) whole(g *store.Staging, reason, why string) error {
-	p.m.LazyFallbacks.WithLabelValues(reason).Inc()
-	if p.Progress != nil {
-		p.Progress("%.19s: reading all %s: %s", p.Digest, units.HumanSize(float64(p.Size)), why)
-	}
-	r := p.reader(0, p.Size)
-	defer r.Close()
-	l, res, format, err := scan(r, g)
+// whole reads a layer from its first byte to its last and checks what its manifest
+// and config say of it.
+func (p *preparation) whole(r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, About, error) {
+	l, res, format, err := scan(r, sink, o)
 	if err != nil {
-		return err
+		return nil, About{}, err
 	}
 	if got := res.Digest.String(); got != p.Digest {
 		p.m.VerifyFailures.WithLabelValues("layer").Inc()
-		return fmt.Errorf("%w: the blob's digest is %s", ErrVerify, got)
+		return nil, About{}, fmt.Errorf("%w: the blob's digest is %s", ErrVerify, got)
 	}
 	if err := p.checkDiffID(res.DiffID.String()); err != nil {
 		if errors.Is(err, ErrVerify) {
 			p.m.VerifyFailures.WithLabelValues("layer").Inc()
 		}
-		return err
+		return nil, About{}, err
 	}
-	if p.Progress != nil {
-		p.Progress("%.19s: done", p.Digest)
-	}
-	return p.keep(g, l, About{Format: format, Why: why, DiffID: res.DiffID.String(), Size: p.Size}, p.fetched, true)
+	return l, About{Format: format, Index: "checkpoints", DiffID: res.DiffID.String(), Size: p.Size, Uncompressed: res.Uncompressed}, nil
 }
 
 // scan streams a layer's blob into sink and names its format.
-func scan(r io.Reader, sink tarscan.Sink) (*index.Layer, tarscan.Result, string, error) {
+func scan(r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, tarscan.Result, string, error) {
 	br := bufio.NewReaderSize(r, blockSize)
 	first, _ := br.Peek(4) // what is wrong with it, the scan will find
 	c := tarscan.Detect(first)
@@ -184,7 +171,7 @@ func scan(r io.Reader, sink tarscan.Sink) (*index.Layer, tarscan.Result, string,
 	if c != tarscan.Plain {
 		format += "+" + c.String()
 	}
-	l, res, err := tarscan.Scan(br, c, sink)
+	l, res, err := tarscan.Scan(br, c, sink, o)
 	return l, res, format, err
 }
 
@@ -201,7 +188,7 @@ func (l *Layer) restream(frames []int) {
 		}
 		r := l.open(blob, 0, blob.Size())
 		var res tarscan.Result
-		_, res, _, err = scan(r, missingOnly{l, frames})
+		_, res, _, err = scan(r, missingOnly{l, frames}, tarscan.Options{})
 		r.Close()
 		if err == nil && res.Digest.String() != l.Digest {
 			l.f.m.VerifyFailures.WithLabelValues("layer").Inc()

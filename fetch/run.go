@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"os"
 	"slices"
@@ -13,9 +14,21 @@ import (
 	"github.com/varvefs/varve/index"
 )
 
-// wholeFrame is up to what compressed size a frame is read into memory, so that
-// it is decompressed beside the next one's transfer.
-const wholeFrame = 16 << 20
+const (
+	// wholeFrame is up to what compressed size a frame is read into memory, so
+	// that it is decompressed beside the next one's transfer.
+	wholeFrame = 16 << 20
+	// maxSpan is the same for a span that is to be verified before it is
+	// decompressed.
+	maxSpan = 64 << 20
+)
+
+func (l *Layer) wholeFrame(n int) int64 {
+	if l.byFrame {
+		return maxSpan
+	}
+	return wholeFrame
+}
 
 // run brings frames that one request can bring, and lands each, come what may.
 func (l *Layer) run(frames []int) {
@@ -58,6 +71,7 @@ func (l *Layer) landAll(frames []int, err error) {
 func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	var last []byte // the byte that was read last: a frame may begin in it
 	for i, n := range frames {
 		f := l.frames.Frame(n)
 		if gap := f.Offset - r.off; gap > 0 {
@@ -65,27 +79,77 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 				return frames[i:], err
 			}
 		}
-		if f.Length > wholeFrame {
-			body := io.LimitReader(r, f.Length)
-			derr := decode(body, f.Kind, l.frames.FramePieces(n), l.data.File())
+		var shared []byte // with the frame before
+		if f.Offset < r.off {
+			shared = last
+		}
+		if f.Length > l.wholeFrame(n) {
+			body := &ending{r: io.MultiReader(bytes.NewReader(shared), io.LimitReader(r, f.Length-int64(len(shared))))}
+			derr := l.decode(n, body)
 			if _, err := io.Copy(io.Discard, body); err != nil {
 				return frames[i:], err
 			}
+			last = body.last
 			l.landed(n, r.spoilt, derr)
 			continue
 		}
 		buf := make([]byte, f.Length)
-		if _, err := io.ReadFull(r, buf); err != nil {
+		if _, err := io.ReadFull(r, buf[copy(buf, shared):]); err != nil {
 			return frames[i:], err
 		}
+		last = buf[len(buf)-1:]
 		spoilt := r.spoilt
 		l.f.cpu <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-l.f.cpu }()
-			l.landed(n, spoilt, decode(bytes.NewReader(buf), f.Kind, l.frames.FramePieces(n), l.data.File()))
+			l.landed(n, spoilt, l.decode(n, bytes.NewReader(buf)))
 		})
 	}
 	return nil, nil
+}
+
+// ending keeps the last byte that was read.
+type ending struct {
+	r    io.Reader
+	last []byte
+}
+
+func (e *ending) Read(p []byte) (int, error) {
+	n, err := e.r.Read(p)
+	if n > 0 {
+		e.last = append(e.last[:0], p[n-1])
+	}
+	return n, err
+}
+
+// decode decompresses a frame into the data file.
+func (l *Layer) decode(n int, r io.Reader) error {
+	f := l.frames.Frame(n)
+	pieces := l.frames.FramePieces(n)
+	var point index.Point
+	if f.Point > 0 {
+		var err error
+		if point, err = l.points.Point(f.Point - 1); err != nil {
+			return err
+		}
+	}
+	if l.byFrame {
+		buf, ok := r.(*bytes.Reader)
+		if !ok {
+			return fmt.Errorf("%w: a span of %d bytes", index.ErrMalformed, f.Length)
+		}
+		h := sha256.New()
+		buf.WriteTo(h)
+		buf.Seek(0, io.SeekStart)
+		if sum := sumOf(h); sum != point.Digest {
+			return fmt.Errorf("%w: a span of %d bytes has sha256:%x, its index says sha256:%x", ErrVerify, f.Length, sum, point.Digest)
+		}
+	}
+	sum, err := decode(r, f.Kind, point, pieces, l.data.File())
+	if err == nil {
+		l.data.SetSum(n, sum)
+	}
+	return err
 }
 
 // landed lands a frame that was read. One that does not verify is asked for once
@@ -112,7 +176,15 @@ func (l *Layer) again(n int) error {
 	f := l.frames.Frame(n)
 	r := l.open(blob, f.Offset, f.Offset+f.Length)
 	defer r.Close()
-	if err := decode(r, f.Kind, l.frames.FramePieces(n), l.data.File()); r.err == nil {
+	var in io.Reader = r
+	if f.Length <= l.wholeFrame(n) {
+		buf := make([]byte, f.Length)
+		if _, err := io.ReadFull(r, buf); err != nil {
+			return err
+		}
+		in = bytes.NewReader(buf)
+	}
+	if err := l.decode(n, in); r.err == nil {
 		return err
 	}
 	return r.err
@@ -145,16 +217,29 @@ func (l *Layer) blob() (anyOf, error) {
 	return blobs, nil
 }
 
-// checkPiece compares a piece in a data file with its digest.
-func checkPiece(f *os.File, p *index.Piece) error {
+// checkPiece compares a piece in a data file with its digest, or adds one without
+// to a sum.
+func checkPiece(f *os.File, p *index.Piece, rest *uint32) error {
 	h := sha256.New()
-	if n, err := io.CopyN(h, io.NewSectionReader(f, p.Data, p.Size), p.Size); err != nil {
+	var to io.Writer = h
+	if p.Digest == unknown {
+		to = (*adding)(rest)
+	}
+	if n, err := io.CopyN(to, io.NewSectionReader(f, p.Data, p.Size), p.Size); err != nil {
 		return fmt.Errorf("%w: %d of %d bytes: %w", ErrVerify, n, p.Size, err)
 	}
-	if sum := sumOf(h); sum != p.Digest {
+	if sum := sumOf(h); sum != p.Digest && p.Digest != unknown {
 		return mismatch(p, sum)
 	}
 	return nil
+}
+
+// adding is the sum of what is written to it.
+type adding uint32
+
+func (a *adding) Write(p []byte) (int, error) {
+	*a = adding(crc32.Update(uint32(*a), castagnoli, p))
+	return len(p), nil
 }
 
 // merge gives the union of two ascending lists.

@@ -117,11 +117,12 @@ func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.Re
 	if n <= 0 {
 		return fuse.ReadResultData(nil), fuse.OK
 	}
-	if err := f.Ensure(off, n); err != nil {
+	r, err := hold(f, off, n)
+	if err != nil {
 		d.fault(name, off, err)
 		return nil, status(err)
 	}
-	return fuse.ReadResultFd(uintptr(f.Fd()), off, int(n)), fuse.OK
+	return r, fuse.OK
 }
 
 func (d *DataFiles) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {

@@ -14,9 +14,10 @@ import (
 
 // Data is a layer's data file as the faces read it.
 type Data interface {
-	// Ensure returns nil when [off, off+n) of the data file holds the layer's
-	// bytes.
-	Ensure(off, n int64) error
+	// Hold returns nil when [off, off+n) of the data file holds the layer's bytes.
+	// They stay there until Release, which is then called once.
+	Hold(off, n int64) error
+	Release()
 	// Fd gives a descriptor of the data file that stays open as long as a face
 	// may read.
 	Fd() int

@@ -22,6 +22,7 @@ type Options struct {
 	Fault   Fault // required by NewTree
 
 	Direct  bool // see MountKernel
+	Beneath bool // see MountKernel
 	Steady  bool // see MountOverlay
 	Private bool // only the daemon's user and the kernel may look
 	Xattrs  bool // whether any file has extended attributes

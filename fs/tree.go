@@ -174,11 +174,12 @@ func (t *Tree) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadRes
 		return fuse.ReadResultData(nil), fuse.OK
 	}
 	off += int64(h.Offset)
-	if err := t.layers[device].Ensure(off, n); err != nil {
+	r, err := hold(t.layers[device], off, n)
+	if err != nil {
 		t.fault(device, off, err)
 		return nil, status(err)
 	}
-	return fuse.ReadResultFd(uintptr(t.layers[device].Fd()), off, int(n)), fuse.OK
+	return r, fuse.OK
 }
 
 func (t *Tree) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (_ uint32, st fuse.Status) {

@@ -210,13 +210,18 @@ func (u *Union) stage(in *index.Inode, size int64) (s *upper.Staged, err error) 
 		var off int64
 		if device, off, _, err = u.low.im.Extent(in); err == nil {
 			data := u.low.layers[device]
+			release := func() {}
 			err = s.Copy(data.Fd(), off, size, func(off, n int64) error {
-				if err := data.Ensure(off, n); err != nil {
+				release()
+				release = func() {}
+				if err := data.Hold(off, n); err != nil {
 					u.low.fault(device, off, err)
 					return lowerError{err}
 				}
+				release = data.Release
 				return nil
 			})
+			release()
 		} else {
 			err = lowerError{err}
 		}

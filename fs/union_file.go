@@ -146,7 +146,11 @@ func (u *Union) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRangeIn) 
 	if from := u.node(in.NodeId); from != nil {
 		src, err = u.fd(from, false)
 	} else {
-		src, off, n, err = u.lowerRange(in.NodeId, off, n)
+		var data Data
+		if data, off, n, err = u.lowerRange(in.NodeId, off, n); data != nil {
+			defer data.Release()
+			src = data.Fd()
+		}
 	}
 	if err != nil || n == 0 {
 		return 0, upperStatus(err)
@@ -164,25 +168,26 @@ func (u *Union) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRangeIn) 
 	}
 }
 
-// lowerRange makes a part of a lower file ready to be read from its data file.
-func (u *Union) lowerRange(id uint64, from, size int64) (fd int, off, n int64, err error) {
+// lowerRange makes a part of a lower file ready to be read from its data file,
+// which the caller releases; nil where there is nothing to read.
+func (u *Union) lowerRange(id uint64, from, size int64) (data Data, off, n int64, err error) {
 	in, err := u.low.inode(id)
 	if err != nil {
-		return -1, 0, 0, lowerError{err}
+		return nil, 0, 0, lowerError{err}
 	}
 	device, off, ok, err := u.low.im.Extent(&in)
 	if err != nil {
-		return -1, 0, 0, lowerError{err}
+		return nil, 0, 0, lowerError{err}
 	}
 	if n = min(size, in.Size-from); !ok || n <= 0 {
-		return -1, 0, 0, nil
+		return nil, 0, 0, nil
 	}
-	data := u.low.layers[device]
-	if err := data.Ensure(off+from, n); err != nil {
+	data = u.low.layers[device]
+	if err := data.Hold(off+from, n); err != nil {
 		u.low.fault(device, off+from, err)
-		return -1, 0, 0, lowerError{err}
+		return nil, 0, 0, lowerError{err}
 	}
-	return data.Fd(), off + from, n, nil
+	return data, off + from, n, nil
 }
 
 func (u *Union) Fsync(cancel <-chan struct{}, in *fuse.FsyncIn) (st fuse.Status) {

@@ -54,9 +54,10 @@ type testData struct {
 	slow time.Duration
 }
 
-func (d testData) Ensure(off, n int64) error { time.Sleep(d.slow); return nil }
-func (d testData) Fd() int                   { return int(d.f.Fd()) }
-func (d testData) Size() int64               { st, _ := d.f.Stat(); return st.Size() }
+func (d testData) Hold(off, n int64) error { time.Sleep(d.slow); return nil }
+func (d testData) Release()                {}
+func (d testData) Fd() int                 { return int(d.f.Fd()) }
+func (d testData) Size() int64             { st, _ := d.f.Stat(); return st.Size() }
 
 func serveUnionTest(s string) error {
 	var t unionTest

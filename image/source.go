@@ -65,6 +65,8 @@ type Registries struct {
 	base http.RoundTripper
 	wait func(context.Context, time.Duration) error // between attempts
 
+	listing listings // how registries are asked what refers to a manifest
+
 	mu       sync.Mutex // guards the maps
 	tuned    map[tunedKey]http.RoundTripper
 	sessions map[sessionKey]*session

@@ -16,12 +16,12 @@ import (
 type Kind uint8
 
 const (
-	Raw    Kind = iota + 1 // as they lie in the blob
-	Gzip                   // gzip members, decompressed from the frame's offset
-	Zstd                   // zstd frames, decompressed from the frame's offset
-	Stream                 // only by decompressing the blob from its start
-	Deflate                // blocks of a gzip blob, decompressed from the frame's point
-	Blocks                 // blocks of a zstd blob, decompressed from the frame's point
+	Raw     Kind = iota + 1 // as they lie in the blob
+	Gzip                    // gzip members, decompressed from the frame's offset
+	Zstd                    // zstd frames, decompressed from the frame's offset
+	Stream                  // only by decompressing the blob from its start
+	Deflate                 // blocks of a gzip blob, decompressed from the frame's point
+	Blocks                  // blocks of a zstd blob, decompressed from the frame's point
 )
 
 func (k Kind) String() string {
@@ -96,14 +96,26 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 		buf = le.AppendUint64(buf, uint64(p.Inner))
 		buf = append(buf, p.Digest[:]...)
 	}
+	// By frame first, which is counting, then each frame's few.
 	order := make([]uint32, len(pieces))
-	for i := range order {
-		order[i] = uint32(i)
+	ends := make([]uint32, len(frames)+1)
+	for i := range pieces {
+		ends[pieces[i].Frame+1]++
 	}
-	slices.SortFunc(order, func(a, b uint32) int {
-		x, y := &pieces[a], &pieces[b]
-		return cmp.Or(cmp.Compare(x.Frame, y.Frame), cmp.Compare(x.Inner, y.Inner), cmp.Compare(a, b))
-	})
+	for i := range frames {
+		ends[i+1] += ends[i]
+	}
+	for i := range pieces {
+		at := &ends[pieces[i].Frame]
+		order[*at] = uint32(i)
+		*at++
+	}
+	for i, from := 0, uint32(0); i < len(frames); i++ {
+		slices.SortFunc(order[from:ends[i]], func(a, b uint32) int {
+			return cmp.Or(cmp.Compare(pieces[a].Inner, pieces[b].Inner), cmp.Compare(a, b))
+		})
+		from = ends[i]
+	}
 	at := 0
 	for i, f := range frames {
 		from := at
@@ -119,6 +131,9 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 	}
 	for _, i := range order {
 		buf = le.AppendUint32(buf, i)
+	}
+	for i := range order { // in order already where pieces have no digests
+		order[i] = uint32(i)
 	}
 	slices.SortFunc(order, func(a, b uint32) int {
 		return cmp.Or(bytes.Compare(pieces[a].Digest[:], pieces[b].Digest[:]), cmp.Compare(a, b))
@@ -136,6 +151,30 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 		panic(err) // the encoder and the decoder disagree
 	}
 	return t
+}
+
+// Proven gives a table of what lies before contents in the data file, with
+// digests of its pieces in the place of none. The data file keeps its size.
+func (t *Frames) Proven(contents int64, digest func(Piece) ([sha256.Size]byte, error)) (*Frames, error) {
+	frames := make([]Frame, t.nFrames)
+	for i := range frames {
+		frames[i] = t.Frame(i)
+	}
+	var pieces []Piece
+	for i := range t.nPieces {
+		p := t.Piece(i)
+		if p.Data >= contents {
+			break
+		}
+		if p.Digest == ([sha256.Size]byte{}) {
+			var err error
+			if p.Digest, err = digest(p); err != nil {
+				return nil, err
+			}
+		}
+		pieces = append(pieces, p)
+	}
+	return newFrames(frames, pieces, t.dataSize), nil
 }
 
 // ParseFrames reads a frame table from its bytes, which it keeps and which must

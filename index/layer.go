@@ -101,6 +101,12 @@ func (b *Builder) Reserve(size int64) (off int64, err error) {
 	return off, nil
 }
 
+// Grow makes room for so many more entries and pieces.
+func (b *Builder) Grow(entries, pieces int) {
+	b.entries = slices.Grow(b.entries, entries)
+	b.pieces = slices.Grow(b.pieces, pieces)
+}
+
 // AddFrame records a frame and gives its number. Frames come in the order of the
 // blob.
 func (b *Builder) AddFrame(f Frame) int {

@@ -202,6 +202,9 @@ func (m *merger) linkDeferred() error {
 			ready = append(ready[1:], waiting[e.Name]...)
 			delete(waiting, e.Name)
 			target, err := m.lookup(e.Link)
+			if err == nil && target == nil { // a link before this one took its place
+				err = fmt.Errorf("%w: hard link to %q, which another link replaced", ErrMalformed, clip(e.Link))
+			}
 			if err == nil {
 				err = m.link(e, target)
 			}

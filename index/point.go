@@ -76,7 +76,7 @@ func (w *PointsWriter) Add(p Point) error {
 	if len(p.State) > 0 {
 		if w.enc == nil {
 			var err error
-			if w.enc, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false)); err != nil {
+			if w.enc, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true)); err != nil {
 				return err
 			}
 		}

@@ -13,6 +13,10 @@ import (
 // entries as varints and counted strings, and a SHA-256 of all before it.
 const tocMagic = "varvetc1"
 
+// minEntry is the least number of bytes that an entry takes: what a file that was
+// made by others says of its entries is held against its length.
+const minEntry = 12
+
 // WriteTOC writes entries as [ReadTOC] reads them.
 func WriteTOC(w io.Writer, entries []Entry) error {
 	buf := make([]byte, 0, 64*len(entries)+128)
@@ -57,7 +61,7 @@ func ReadTOC(raw []byte) ([]Entry, error) {
 	}
 	d := tocDecoder{s: string(body[len(tocMagic):])}
 	n := d.uint()
-	if n > MaxEntries {
+	if n > MaxEntries || n > uint64(len(body)/minEntry) {
 		return nil, fmt.Errorf("%w: %d entries in one layer", ErrMalformed, n)
 	}
 	entries := make([]Entry, n)
@@ -69,7 +73,9 @@ func ReadTOC(raw []byte) ([]Entry, error) {
 		e.HardLink = d.uint() == 1
 		e.Mtime = d.int()
 		e.Link = d.str()
-		if n := d.uint(); n > 0 && n <= MaxXattrs {
+		if n := d.uint(); n > uint64(len(d.s)/2) {
+			d.short = true
+		} else if n > 0 {
 			e.Xattrs = make([]Xattr, n)
 			for k := range e.Xattrs {
 				e.Xattrs[k] = Xattr{Name: d.str(), Value: []byte(d.str())}

@@ -15,6 +15,7 @@ import (
 func imageFlags(f *pflag.FlagSet, o *daemon.ImageOptions) {
 	f.StringVar(&o.Platform, "platform", os.Getenv("DOCKER_DEFAULT_PLATFORM"), "os/arch[/variant] (env DOCKER_DEFAULT_PLATFORM; default this machine's)")
 	f.StringVar(&o.Pull, "pull", "missing", "ask the registry for the manifest: missing, always, never")
+	f.StringVar(&o.Index, "index", "auto", "what layers may be read by: auto, none (read them whole), require (never read one whole)")
 	f.BoolVar(&o.Offline, "offline", false, "use what is here and never the network, for files neither")
 	f.StringVar(&o.Auth.AuthFile, "authfile", "", "credentials, in docker's or podman's form (env REGISTRY_AUTH_FILE)")
 	f.BoolVar(&o.Insecure, "insecure", false, "allow plain HTTP and unverified TLS for this registry")

@@ -60,6 +60,7 @@ func (a *app) mountCmd() *cobra.Command {
 	f.BoolVarP(&o.RW, "rw", "w", false, "allow changes: they stay on this machine until they are committed or removed")
 	f.StringVar(&o.Upper, "upper", "", "with --rw, the directory that changes go to (default: one below the state directory)")
 	f.StringVar(&o.Overlay, "overlay", "", "with --rw, who writes changes: auto (default), kernel (overlayfs), fuse")
+	f.BoolVar(&o.Wait, "wait", false, "wait until layers that must be read whole have been")
 	f.BoolVarP(&foreground, "foreground", "f", false, "stay, and unmount at the end (Ctrl-C, SIGTERM)")
 	return cmd
 }

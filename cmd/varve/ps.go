@@ -102,6 +102,9 @@ func (r row) Status() string {
 	case "unmounted":
 		return "Unmounted " + units.HumanDuration(time.Since(*r.m.Unmounted)) + " ago (rw)"
 	}
+	if r.m.State == "reading" {
+		return fmt.Sprintf("Reading %d%%", 100*r.m.Local/max(r.m.Size, 1))
+	}
 	s := "Up " + units.HumanDuration(time.Since(r.m.Created)) + " (" + r.m.Face
 	if r.m.RW {
 		s += ", rw"

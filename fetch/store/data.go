@@ -23,7 +23,7 @@ const (
 )
 
 // The presence file: a header, then two bitmaps of one bit a frame, in 32-bit
-// words of the machine. A frame is present when its bytes were verified and
+// words of the machine, then a sum a frame that the caller keeps there. A frame is present when its bytes were verified and
 // written since the machine started, and nobody but a daemon that ended in order
 // has touched the files since. Else it is doubted: it is verified once more.
 //
@@ -31,7 +31,7 @@ const (
 // were last closed. A daemon that was killed leaves them behind the times, and so
 // does whoever changes the files by hand.
 const (
-	presenceMagic  = "varvepr2"
+	presenceMagic  = "varvepr3"
 	presenceHeader = 80 // magic 8, frames 8, bytes fetched 8, stamp 8, sum 8, boot id 36
 	fetchedAt      = 16
 	stampAt        = 24
@@ -51,8 +51,11 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func words(frames int) int { return (frames + 31) / 32 }
 
+// presenceSize is the length of the presence file: two bitmaps, and the sums.
+func presenceSize(frames int) int { return presenceHeader + 8*words(frames) + 4*frames }
+
 func writePresence(w io.Writer, boot string, stamp uint64, frames int, fetched int64, present bool) error {
-	b := make([]byte, presenceHeader+8*words(frames))
+	b := make([]byte, presenceSize(frames))
 	copy(b, presenceMagic)
 	binary.NativeEndian.PutUint64(b[8:], uint64(frames))
 	binary.NativeEndian.PutUint64(b[fetchedAt:], uint64(fetched))
@@ -70,7 +73,8 @@ func writePresence(w io.Writer, boot string, stamp uint64, frames int, fetched i
 }
 
 func sumOf(presence []byte) uint64 {
-	return uint64(crc32.Checksum(presence[presenceHeader:], castagnoli))
+	frames := int(binary.NativeEndian.Uint64(presence[8:]))
+	return uint64(crc32.Checksum(presence[presenceHeader:presenceHeader+8*words(frames)], castagnoli))
 }
 
 // Data is an open data file with the presence of its frames. Its methods are
@@ -82,6 +86,7 @@ type Data struct {
 	raw     []byte // the presence file, mapped
 	present []uint32
 	doubted []uint32
+	sums    []uint32
 	frames  int
 	missing atomic.Int64
 }
@@ -112,8 +117,8 @@ func (s *Store) Open(digest string, dataSize int64, frames int) (_ *Data, err er
 	d := &Data{file: f, fd: int(f.Fd()), path: path, raw: raw, frames: frames}
 	n, sum := words(frames), sumOf(raw)
 	if n > 0 {
-		all := unsafe.Slice((*uint32)(unsafe.Pointer(&raw[presenceHeader])), 2*n)
-		d.present, d.doubted = all[:n:n], all[n:]
+		all := unsafe.Slice((*uint32)(unsafe.Pointer(&raw[presenceHeader])), 2*n+frames)
+		d.present, d.doubted, d.sums = all[:n:n], all[n:2*n:2*n], all[2*n:]
 		d.present[n-1] &= ^uint32(0) >> (32*n - frames) // a bit of no frame must not be counted
 	}
 	st, err := f.Stat()
@@ -160,7 +165,7 @@ func (s *Store) mapPresence(digest string, frames int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	size := presenceHeader + 8*words(frames)
+	size := presenceSize(frames)
 	if st.Size() != int64(size) {
 		return nil, fmt.Errorf("%w: the presence file has %d bytes, want %d", ErrDamaged, st.Size(), size)
 	}
@@ -203,6 +208,12 @@ func (d *Data) Present(i int) bool {
 func (d *Data) Doubted(i int) bool {
 	return atomic.LoadUint32(&d.doubted[i/32])&(1<<(i%32)) != 0
 }
+
+// SetSum keeps the sum of what of frame i no digest proves, and Sum gives it.
+func (d *Data) SetSum(i int, sum uint32) { atomic.StoreUint32(&d.sums[i], sum) }
+
+// Sum gives what SetSum kept, 0 if it did not.
+func (d *Data) Sum(i int) uint32 { return atomic.LoadUint32(&d.sums[i]) }
 
 // SetPresent says that frame i was verified and written.
 func (d *Data) SetPresent(i int) {

@@ -126,8 +126,44 @@ func (s *Store) Map(digest, name string) ([]byte, error) {
 	return unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_SHARED)
 }
 
+// Replace puts a document in the place of the one a layer has. Who has that one
+// open or mapped goes on with it.
+func (s *Store) Replace(digest, name string, write func(io.Writer) error) error {
+	dir := s.layerDir(digest)
+	tmp := filepath.Join(dir, name+".new")
+	os.Remove(tmp)
+	err := writeFile(tmp, write)
+	if err == nil {
+		err = os.Rename(tmp, filepath.Join(dir, name))
+	}
+	if err != nil {
+		return fmt.Errorf("layer %s: %w", digest, err)
+	}
+	return syncDir(dir)
+}
+
+// Refuse remembers that what a layer's key stands for was found to be wrong, and
+// Refused whether it was.
+func (s *Store) Refuse(key string) error {
+	dir := filepath.Join(s.dir, "refused")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, filepath.Base(s.layerDir(key))), nil, 0o600)
+}
+
+// Refused reports whether Refuse was told of the key.
+func (s *Store) Refused(key string) bool {
+	_, err := os.Lstat(filepath.Join(s.dir, "refused", filepath.Base(s.layerDir(key))))
+	return err == nil
+}
+
 // Remove forgets a layer. Its open files stay usable until they are closed.
 func (s *Store) Remove(digest string) error { return os.RemoveAll(s.layerDir(digest)) }
+
+// Temp gives a file that is gone when the store is next opened, if the caller does
+// not remove it first.
+func (s *Store) Temp() (*os.File, error) { return os.CreateTemp(filepath.Join(s.dir, "tmp"), "file-") }
 
 // Bytes gives what the store takes on its disk, holes not counted.
 func (s *Store) Bytes() (n int64) {
@@ -164,6 +200,9 @@ func (s *Store) Stage(digest string) (*Staging, error) {
 	}
 	return &Staging{s: s, digest: digest, dir: dir, data: f}, nil
 }
+
+// File gives the data file as it is filled. It belongs to the staging.
+func (g *Staging) File() *os.File { return g.data }
 
 // WriteAt writes into the data file.
 func (g *Staging) WriteAt(p []byte, off int64) (int, error) { return g.data.WriteAt(p, off) }

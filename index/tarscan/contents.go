@@ -18,7 +18,8 @@ const maxSparse = 1 << 40
 // proof is a step in the hashing of pieces, in their order: contents, zeroes, or
 // the end of a piece.
 type proof struct {
-	buf   *buffer  // contents, given up to the receiver
+	buf   *buffer  // holds contents, given up to the receiver
+	bytes []byte   // of it
 	zeros int64    // bytes of zeroes
 	done  *pending // the piece that ends here and wants its digest
 	drop  bool     // the piece that ends here is all zeroes
@@ -26,81 +27,156 @@ type proof struct {
 
 // contents streams one file to the data file.
 func (s *scanner) contents(tr *tar.Reader, h *tar.Header, e *index.Entry) error {
-	off, err := s.b.Reserve(e.Size)
-	if err != nil {
-		return fmt.Errorf("%.80q: %w", h.Name, err)
-	}
-	e.Data = off
-	sparse := isSparse(h)
-	if sparse {
+	f := file{scanner: s, tr: tr, name: h.Name, e: e, linear: !isSparse(h)}
+	if !f.linear {
 		if s.sparse += e.Size; s.sparse > maxSparse {
 			return fmt.Errorf("%w: %.80q: more than %d bytes in sparse files", index.ErrMalformed, h.Name, int64(maxSparse))
 		}
+	} else if s.gaps != nil {
+		if err := s.gaps.contents(e.Data, e.Size); err != nil {
+			return err
+		}
+		s.in.mute = true
 	}
-	raw := s.plain && !sparse
 	begin := s.in.n // archive/tar does not read ahead of a file's first byte
-	for at := int64(0); at < e.Size; {
-		size := min(PieceSize, e.Size-at)
-		p := &pending{
-			frame: index.Frame{Kind: index.Stream},
-			piece: index.Piece{Data: off + at, Size: size},
+	err := f.stream()
+	s.in.mute = false
+	if err == nil && f.linear && s.in.n != begin+e.Size {
+		err = fmt.Errorf("%w: %.80q: %d bytes of tar hold %d of the file", index.ErrMalformed, h.Name, s.in.n-begin, e.Size)
+	}
+	return err
+}
+
+// file is a regular file whose contents pass.
+type file struct {
+	*scanner
+	tr     *tar.Reader
+	name   string
+	e      *index.Entry
+	linear bool // its bytes lie in the tar as they are
+	at     int64
+	piece  *pending // that bytes are added to; nil where the next one begins one
+	zero   bool     // it has been all zeroes so far
+}
+
+func (f *file) stream() error {
+	for f.at < f.e.Size {
+		buf := newBuffer(1)
+		spans, err := f.fill(buf)
+		if err == nil {
+			err = f.write(buf.b[:buf.n], f.e.Data+f.at)
 		}
-		if raw {
-			p.frame = index.Frame{Kind: index.Raw, Offset: begin + at, Length: size}
+		if err == nil {
+			err = f.prove(buf, spans)
 		}
-		zeros, err := s.piece(tr, h.Name, p)
+		buf.release()
 		if err != nil {
 			return err
 		}
-		end := proof{done: p}
-		if zeros {
-			end = proof{drop: true}
-		} else {
-			s.pieces = append(s.pieces, p)
+		if f.passing != nil {
+			f.passing.Passed(f.e.Data + f.at)
 		}
-		if err := send(s.ctx, s.proofs, end); err != nil {
-			return err
-		}
-		at += size
 	}
-	if raw && s.in.n != begin+e.Size {
-		return fmt.Errorf("%w: %.80q: %d bytes of tar hold %d of the file", index.ErrMalformed, h.Name, s.in.n-begin, e.Size)
+	return f.end()
+}
+
+// within says that the bytes of a buffer from an offset on come from a span.
+type within struct {
+	from  int
+	span  int
+	inner int64 // where in it, decompressed
+}
+
+// fill reads the file's next bytes, as many as fit, and says from which spans.
+func (f *file) fill(buf *buffer) (spans []within, err error) {
+	want := int(min(int64(len(buf.b)), f.e.Size-f.at))
+	for buf.n < want {
+		n := want - buf.n
+		if f.linear {
+			ahead, first, err := f.in.ahead()
+			if err == nil {
+				n = min(n, ahead)
+				if first || buf.n == 0 {
+					w := within{from: buf.n, span: f.in.span, inner: f.in.n - f.in.begin}
+					if first {
+						w.span, w.inner = w.span+1, 0
+					}
+					spans = append(spans, w)
+				}
+			}
+		} else if buf.n == 0 {
+			spans = append(spans, within{span: -1})
+		}
+		m, err := io.ReadFull(f.tr, buf.b[buf.n:buf.n+n])
+		if buf.n += m; err != nil {
+			if f.in.err != nil {
+				return nil, f.in.err
+			}
+			return nil, fmt.Errorf("%w: %.80q: contents are truncated: %w", index.ErrMalformed, f.name, err)
+		}
+	}
+	return spans, nil
+}
+
+// prove cuts the bytes of a buffer into pieces and has them hashed.
+func (f *file) prove(buf *buffer, spans []within) error {
+	for i, w := range spans {
+		to := buf.n
+		if i+1 < len(spans) {
+			to = spans[i+1].from
+		}
+		if f.piece != nil && f.piece.span != w.span {
+			if err := f.end(); err != nil {
+				return err
+			}
+		}
+		for from := w.from; from < to; {
+			if f.piece == nil {
+				f.piece = &pending{span: w.span, piece: index.Piece{Data: f.e.Data + f.at, Inner: w.inner + int64(from-w.from)}}
+				f.zero = true
+			}
+			n := int(min(int64(to-from), PieceSize-f.piece.piece.Size))
+			if err := f.add(buf, buf.b[from:from+n]); err != nil {
+				return err
+			}
+			from += n
+			f.at += int64(n)
+			if f.piece.piece.Size == PieceSize {
+				if err := f.end(); err != nil {
+					return err
+				}
+			}
+		}
 	}
 	return nil
 }
 
-// piece streams one piece and reports whether it is all zeroes.
-func (s *scanner) piece(tr *tar.Reader, name string, p *pending) (allZero bool, err error) {
-	allZero = true
-	for at := int64(0); at < p.piece.Size; {
-		buf := newBuffer(1)
-		buf.n = int(min(int64(len(buf.b)), p.piece.Size-at))
-		if _, err := io.ReadFull(tr, buf.b[:buf.n]); err != nil {
-			buf.release()
-			if s.in.err != nil {
-				return false, s.in.err
-			}
-			return false, fmt.Errorf("%w: %.80q: contents are truncated: %w", index.ErrMalformed, name, err)
-		}
-		n := int64(buf.n)
-		step := proof{zeros: n}
-		if isZero(buf.b[:buf.n]) {
-			buf.release()
-		} else {
-			allZero = false
-			if err := s.write(buf.b[:buf.n], p.piece.Data+at); err != nil {
-				buf.release()
-				return false, err
-			}
-			step = proof{buf: buf}
-		}
-		if err := send(s.ctx, s.proofs, step); err != nil {
-			buf.releaseIf(step.buf != nil)
-			return false, err
-		}
-		at += n
+// add gives bytes to the piece.
+func (f *file) add(buf *buffer, p []byte) error {
+	f.piece.piece.Size += int64(len(p))
+	if isZero(p) {
+		return send(f.ctx, f.proofs, proof{zeros: int64(len(p))})
 	}
-	return allZero, nil
+	f.zero = false
+	buf.refs.Add(1)
+	err := send(f.ctx, f.proofs, proof{buf: buf, bytes: p})
+	if err != nil {
+		buf.release()
+	}
+	return err
+}
+
+// end ends the piece, if there is one.
+func (f *file) end() error {
+	p := f.piece
+	if f.piece = nil; p == nil {
+		return nil
+	}
+	if f.zero {
+		return send(f.ctx, f.proofs, proof{drop: true})
+	}
+	f.pieces = append(f.pieces, p)
+	return send(f.ctx, f.proofs, proof{done: p})
 }
 
 var zeroes [bufferSize]byte
@@ -160,7 +236,7 @@ func prove(ctx context.Context, in <-chan proof) error {
 		}
 		switch {
 		case p.buf != nil:
-			sum.Write(p.buf.b[:p.buf.n])
+			sum.Write(p.bytes)
 			p.buf.release()
 			continue
 		case p.done != nil:

@@ -6,6 +6,8 @@ import (
 	"crypto/sha256"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +17,8 @@ import (
 
 	"github.com/varvefs/varve/index"
 	"github.com/varvefs/varve/index/indextest"
+	"github.com/varvefs/varve/index/inflate"
+	"github.com/varvefs/varve/index/zstdblocks"
 )
 
 func members() []indextest.Member {
@@ -124,8 +128,19 @@ func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
 	if got := Detect(blob); got != c {
 		t.Errorf("detected %v", got)
 	}
-	sink := &memory{}
-	l, res, err := Scan(bytes.NewReader(blob), c, sink)
+	var l *index.Layer
+	for _, span := range []int64{0, 100, 70_000} {
+		l = checkSpan(t, blob, tarball, c, span)
+	}
+	return l
+}
+
+// checkSpan scans with spans of one size. Every frame is then decompressed by
+// itself, and the tar made again of skeleton and contents.
+func checkSpan(t *testing.T, blob, tarball []byte, c Compression, span int64) *index.Layer {
+	t.Helper()
+	sink, skeleton, passed := &memory{}, &bytes.Buffer{}, &passing{}
+	l, res, err := Scan(bytes.NewReader(blob), c, sink, Options{Span: span, DigestSpan: 3 * span, Skeleton: skeleton, Passing: passed})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,21 +151,30 @@ func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
 	if err := l.Frames.Verify(); err != nil {
 		t.Fatal(err)
 	}
-	frames, pieces, _ := l.Frames.Len()
-	if frames != pieces {
-		t.Errorf("%d frames, %d pieces", frames, pieces)
-	}
+	frames, pieces, size := l.Frames.Len()
 	for i := range pieces {
 		p := l.Frames.Piece(i)
-		f := l.Frames.Frame(p.Frame)
-		if sha256.Sum256(sink.at(p.Data, p.Size)) != p.Digest {
-			t.Errorf("piece %+v differs", p)
+		if b := sink.at(p.Data, p.Size); sha256.Sum256(b) != p.Digest || len(bytes.Trim(b, "\x00")) == 0 {
+			t.Errorf("piece %+v differs, or is all zeroes", p)
 		}
-		if f.Kind == index.Raw && (c != Plain || f.Length != p.Size || sha256.Sum256(blob[f.Offset:f.Offset+f.Length]) != p.Digest) {
-			t.Errorf("frame %+v differs", f)
-		} else if f.Kind != index.Raw && f != (index.Frame{Kind: index.Stream}) {
-			t.Errorf("frame %+v", f)
+	}
+	for i := range frames {
+		checkFrame(t, l, i, blob, c)
+	}
+	checkDigests(t, l, blob)
+	if !slices.EqualFunc(passed.entries, l.Entries, func(a, b index.Entry) bool { return a.Name == b.Name && a.Data == b.Data }) || passed.off > size {
+		t.Errorf("%d entries and %d bytes passed", len(passed.entries), passed.off)
+	}
+	{
+		again, err := OpenSkeleton(bytes.NewReader(skeleton.Bytes()), bytes.NewReader(append(sink.data, make([]byte, size-int64(len(sink.data)))...)))
+		if err != nil {
+			t.Fatal(err)
 		}
+		got, err := io.ReadAll(again)
+		if err != nil || !bytes.Equal(got, tarball) {
+			t.Errorf("the tar made again differs: %v", err)
+		}
+		again.Close()
 	}
 	for b := range sink.blocks {
 		if isZero(sink.at(b*index.BlockSize, index.BlockSize)) {
@@ -160,6 +184,75 @@ func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
 	compare(t, l, sink, tarball)
 	return l
 }
+
+// checkFrame decompresses a frame from its own range of the blob.
+func checkFrame(t *testing.T, l *index.Layer, i int, blob []byte, c Compression) {
+	t.Helper()
+	f, ps := l.Frames.Frame(i), l.Frames.FramePieces(i)
+	if f.Kind == index.Stream {
+		if c != Plain && !strings.Contains(t.Name(), "Sparse") {
+			t.Errorf("frame %d is none", i)
+		}
+		return
+	}
+	point, err := l.Points.Point(f.Point - 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := bytes.NewReader(blob[f.Offset : f.Offset+f.Length])
+	var r io.Reader = in
+	switch f.Kind {
+	case index.Deflate:
+		r, err = inflate.Resume(in, point)
+	case index.Blocks:
+		r, err = zstdblocks.Resume(in, point)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var at int64
+	for _, p := range ps {
+		if _, err := io.CopyN(io.Discard, r, p.Inner-at); err != nil {
+			t.Fatalf("frame %d: %v", i, err)
+		}
+		h := sha256.New()
+		if _, err := io.CopyN(h, r, p.Size); err != nil || [sha256.Size]byte(h.Sum(nil)) != p.Digest {
+			t.Fatalf("frame %d, %+v: piece %+v differs: %v", i, f, p, err)
+		}
+		at = p.Inner + p.Size
+	}
+}
+
+// checkDigests checks that the digests of the points cover the blob.
+func checkDigests(t *testing.T, l *index.Layer, blob []byte) {
+	t.Helper()
+	if l.Points == nil {
+		return
+	}
+	end := int64(len(blob))
+	n := 0
+	for i := l.Points.Len() - 1; i >= 0; i-- {
+		p := l.Points.At(i)
+		if p.Digest == ([sha256.Size]byte{}) {
+			continue
+		}
+		if n++; sha256.Sum256(blob[p.Start():end]) != p.Digest {
+			t.Errorf("the digest of point %d, %d to %d, differs", i, p.Start(), end)
+		}
+		end = p.In
+	}
+	if zstd := Detect(blob) == Zstd; zstd != (n == 0) {
+		t.Errorf("%d digests", n)
+	}
+}
+
+type passing struct {
+	entries []index.Entry
+	off     int64
+}
+
+func (p *passing) Entry(e index.Entry) error { p.entries = append(p.entries, e); return nil }
+func (p *passing) Passed(off int64)          { p.off = off }
 
 func compare(t *testing.T, l *index.Layer, sink *memory, tarball []byte) {
 	t.Helper()

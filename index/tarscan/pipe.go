@@ -1,7 +1,6 @@
 package tarscan
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -11,18 +10,17 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	digest "github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/inflate"
+	"github.com/varvefs/varve/index/zstdblocks"
 )
 
 const (
 	bufferSize = 128 << 10
-	depth      = 8         // buffers in each channel
-	maxWindow  = 128 << 20 // of a zstd frame, in bytes
+	depth      = 8 // buffers in each channel
 
 	// maxUncompressed bounds the time a small blob can cost.
 	maxUncompressed = index.MaxDataSize + index.MaxDataSize/4
@@ -30,9 +28,10 @@ const (
 
 // buffer is handed from stage to stage; the last to release it gives it back.
 type buffer struct {
-	b    []byte
-	n    int
-	refs atomic.Int32
+	b     []byte
+	n     int
+	point bool // it begins at a point
+	refs  atomic.Int32
 }
 
 var buffers = sync.Pool{New: func() any { return &buffer{b: make([]byte, bufferSize)} }}
@@ -40,19 +39,13 @@ var buffers = sync.Pool{New: func() any { return &buffer{b: make([]byte, bufferS
 func newBuffer(refs int32) *buffer {
 	b := buffers.Get().(*buffer)
 	b.refs.Store(refs)
-	b.n = 0
+	b.n, b.point = 0, false
 	return b
 }
 
 func (b *buffer) release() {
 	if b.refs.Add(-1) == 0 {
 		buffers.Put(b)
-	}
-}
-
-func (b *buffer) releaseIf(held bool) {
-	if held {
-		b.release()
 	}
 }
 
@@ -66,13 +59,36 @@ func send[T any](ctx context.Context, to chan<- T, v T) error {
 	}
 }
 
-// start begins the stages before the tar: reading, the blob's digest, and unless
-// the blob is the tar itself, decompression and the diffID. res has what they
-// found once g has been waited for.
-func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, res *Result) <-chan *buffer {
-	blob, blobSum := make(chan *buffer, depth), make(chan *buffer, depth)
+// decompressor is what reads a compressed blob and stops at its points.
+type decompressor interface {
+	io.Reader
+	AtPoint() bool      // whether what Read gives next begins at a point
+	InputOffset() int64 // in the blob
+}
+
+// start begins the stages before the tar: reading, the blob's digest, the digests
+// of its spans, and unless the blob is the tar itself, decompression and the
+// diffID. res has what they found once g has been waited for.
+func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, sp *spans, res *Result) <-chan *buffer {
+	blob, sum := make(chan *buffer, depth), make(chan *buffer, depth)
+	to := []chan<- *buffer{blob, sum}
+	if c != Zstd {
+		spanSum := make(chan *buffer, depth)
+		to = append(to, spanSum)
+		if c == Gzip {
+			sp.marks = make(chan mark, depth)
+			g.Go(func() error { return sp.hash(spanSum) })
+		} else {
+			g.Go(func() error { return sp.hashPlain(spanSum) })
+		}
+	}
+	atPoint := nowhere
+	if c == Plain {
+		e := &every{r: r, span: sp.span}
+		r, atPoint = e, e.atPoint
+	}
 	g.Go(func() error {
-		n, err := pump(ctx, r, index.MaxBlobFrame, blob, blobSum)
+		n, err := pump(ctx, r, atPoint, index.MaxBlobFrame, to...)
 		res.Size = n
 		if err != nil {
 			return fmt.Errorf("read blob at %d: %w", n, err)
@@ -80,7 +96,7 @@ func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, r
 		return nil
 	})
 	g.Go(func() error {
-		d, err := digestOf(ctx, blobSum)
+		d, err := digestOf(ctx, sum)
 		res.Digest = d
 		return err
 	})
@@ -91,13 +107,7 @@ func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, r
 	g.Go(func() error {
 		in := newStream(ctx, blob)
 		defer in.close()
-		var n int64
-		var err error
-		if c == Gzip {
-			n, err = pump(ctx, &gunzip{in: bufio.NewReaderSize(in, bufferSize)}, maxUncompressed, out, outSum)
-		} else {
-			n, err = unzstd(ctx, in, out, outSum)
-		}
+		n, err := sp.decompress(in, c, out, outSum)
 		res.Uncompressed = n
 		switch {
 		case err == nil:
@@ -108,8 +118,6 @@ func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, r
 			return err
 		case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
 			return fmt.Errorf("%w: %s is truncated after %d bytes", index.ErrMalformed, c, in.n)
-		case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):
-			return fmt.Errorf("%w: zstd window is larger than %d bytes", index.ErrMalformed, maxWindow)
 		}
 		return fmt.Errorf("%w: %s at about %d bytes: %w", index.ErrMalformed, c, in.n, err)
 	})
@@ -121,16 +129,54 @@ func start(g *errgroup.Group, ctx context.Context, r io.Reader, c Compression, r
 	return out
 }
 
+// decompress reads a compressed blob to its end.
+func (s *spans) decompress(in io.Reader, c Compression, to ...chan<- *buffer) (int64, error) {
+	var d decompressor
+	if c == Gzip {
+		d = inflate.NewReader(in, inflate.Options{Want: s.want, Point: s.made})
+		defer close(s.marks)
+	} else {
+		z := zstdblocks.NewReader(in, zstdblocks.Options{Want: s.wantBlock, Point: s.points.Add})
+		defer z.Close()
+		d = z
+	}
+	return pump(s.ctx, &marking{d: d, spans: s}, d.AtPoint, maxUncompressed, to...)
+}
+
+// marking reads a decompressor and lets what it has read be hashed.
+type marking struct {
+	d     decompressor
+	spans *spans
+}
+
+func (p *marking) Read(b []byte) (int, error) {
+	n, err := p.d.Read(b)
+	if p.spans.marks != nil && n > 0 {
+		// What was read of the last byte may belong to the next span as well.
+		if err := send(p.spans.ctx, p.spans.marks, mark{upto: p.d.InputOffset() - 1}); err != nil {
+			return n, err
+		}
+	}
+	return n, err
+}
+
+func nowhere() bool { return false }
+
 // pump reads r to its end into buffers for every channel, which it then closes.
-// After an error they stay open, so that no stage takes it for the end.
-func pump(ctx context.Context, r io.Reader, limit int64, to ...chan<- *buffer) (total int64, err error) {
+// No buffer has bytes from both sides of a point. After an error they stay open,
+// so that no stage takes it for the end.
+func pump(ctx context.Context, r io.Reader, atPoint func() bool, limit int64, to ...chan<- *buffer) (total int64, err error) {
 	for {
 		b := newBuffer(int32(len(to)))
+		b.point = atPoint()
 		var err error
-		for b.n < len(b.b) && err == nil {
+		for b.n < len(b.b) && err == nil && (b.n == 0 || !atPoint()) {
 			var n int
 			n, err = r.Read(b.b[b.n:])
 			b.n += n
+			if b.n == 0 {
+				b.point = atPoint()
+			}
 		}
 		total += int64(b.n)
 		if total > limit {
@@ -181,28 +227,38 @@ type stream struct {
 	n     int64  // bytes read so far
 	first []byte // the first of them
 	err   error  // why there will be no more, other than the end
+
+	fresh bool  // nothing of cur was read
+	span  int   // in which span the byte before n lies, the first is 0; -1 before any
+	begin int64 // where that span began
+	gaps  *skeletonWriter
+	mute  bool // what is read are a file's contents
 }
 
-func newStream(ctx context.Context, in <-chan *buffer) *stream { return &stream{ctx: ctx, in: in} }
+func newStream(ctx context.Context, in <-chan *buffer) *stream {
+	return &stream{ctx: ctx, in: in, span: -1}
+}
 
 func (s *stream) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	for len(s.rest) == 0 {
-		s.close()
-		select {
-		case b, ok := <-s.in:
-			if !ok {
-				return 0, io.EOF
-			}
-			s.cur, s.rest = b, b.b[:b.n]
-		case <-s.ctx.Done():
-			s.err = s.ctx.Err()
-			return 0, s.err
+	if err := s.load(); err != nil {
+		return 0, err
+	}
+	if s.fresh {
+		s.fresh = false
+		if s.cur.point {
+			s.span, s.begin = s.span+1, s.n
 		}
 	}
 	n := copy(p, s.rest)
+	if s.gaps != nil && !s.mute {
+		if err := s.gaps.add(p[:n]); err != nil {
+			s.err = err
+			return 0, err
+		}
+	}
 	if len(s.first) < 16 {
 		s.first = append(s.first, s.rest[:min(n, 16-len(s.first))]...)
 	}
@@ -211,90 +267,36 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// load makes sure that something is there to be read.
+func (s *stream) load() error {
+	for len(s.rest) == 0 {
+		s.close()
+		select {
+		case b, ok := <-s.in:
+			if !ok {
+				return io.EOF
+			}
+			s.cur, s.rest, s.fresh = b, b.b[:b.n], true
+		case <-s.ctx.Done():
+			s.err = s.ctx.Err()
+			return s.err
+		}
+	}
+	return nil
+}
+
+// ahead tells how many bytes can be read that lie in one span, and whether they
+// are the first of it.
+func (s *stream) ahead() (n int, first bool, err error) {
+	if err := s.load(); err != nil {
+		return 0, false, err
+	}
+	return len(s.rest), s.fresh && s.cur.point, nil
+}
+
 func (s *stream) close() {
 	if s.cur != nil {
 		s.cur.release()
 		s.cur, s.rest = nil, nil
-	}
-}
-
-// unzstd decompresses frame after frame; skippable ones are skipped.
-func unzstd(ctx context.Context, in io.Reader, to ...chan<- *buffer) (int64, error) {
-	dec, err := zstd.NewReader(in, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(1<<62))
-	if err != nil {
-		return 0, err
-	}
-	defer dec.Close() // waits for the decoder's own goroutines
-	return pump(ctx, dec, maxUncompressed, to...)
-}
-
-// gunzip reads the members of a gzip blob one after the other. Zeroes may follow
-// the last, as gzip(1) allows; anything else is refused, since what readers that
-// stop there see would not be what others see.
-type gunzip struct {
-	in     *bufio.Reader
-	zr     *gzip.Reader
-	begun  bool
-	within bool // in a member
-}
-
-func (g *gunzip) Read(p []byte) (int, error) {
-	for {
-		if !g.within {
-			if err := g.member(); err != nil {
-				return 0, err
-			}
-		}
-		n, err := g.zr.Read(p)
-		if err == io.EOF {
-			g.within, err = false, nil
-		}
-		if n > 0 || err != nil {
-			return n, err
-		}
-	}
-}
-
-// member opens the next member, or gives io.EOF after the last.
-func (g *gunzip) member() error {
-	next, err := g.in.Peek(2)
-	if len(next) == 0 {
-		return err
-	}
-	if g.begun && next[0] == 0 {
-		return g.padding()
-	}
-	if g.begun && string(next) != "\x1f\x8b" {
-		return fmt.Errorf("%w: gzip has other data after its end: %x", index.ErrMalformed, next)
-	}
-	if g.zr == nil {
-		g.zr, err = gzip.NewReader(g.in)
-	} else {
-		err = g.zr.Reset(g.in)
-	}
-	if err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		return err
-	}
-	g.zr.Multistream(false)
-	g.begun, g.within = true, true
-	return nil
-}
-
-func (g *gunzip) padding() error {
-	for {
-		next, err := g.in.Peek(1)
-		if len(next) == 0 {
-			return err
-		}
-		next, _ = g.in.Peek(g.in.Buffered())
-		if !isZero(next) {
-			return fmt.Errorf("%w: gzip has other data after its zero padding", index.ErrMalformed)
-		}
-		if _, err := g.in.Discard(len(next)); err != nil {
-			return err
-		}
 	}
 }

@@ -65,6 +65,23 @@ type Sink interface {
 	WriteAt(p []byte, off int64) (int, error)
 }
 
+// Passing is told of a layer while it passes, in the order of the tar. Its methods
+// are called from one goroutine, and hold up the pass.
+type Passing interface {
+	// Entry comes before the contents of a file do, which will lie at its Data.
+	Entry(e index.Entry) error
+	// Passed says that the data file holds everything before off.
+	Passed(off int64)
+}
+
+// Options say what a pass makes beside the layer. The zero value will do.
+type Options struct {
+	Span       int64     // bytes of the decompressed blob between points, 0 for DefaultSpan
+	DigestSpan int64     // bytes of it that a point's digest covers, 0 for DefaultDigestSpan
+	Skeleton   io.Writer // is given the tar without its contents, see [OpenSkeleton]; nil: not wanted
+	Passing    Passing   // nil: nobody
+}
+
 // Result is what a pass proves of a blob. The caller compares it with what the
 // image promises, and drops the layer and the data file if they differ.
 type Result struct {
@@ -76,64 +93,105 @@ type Result struct {
 
 // Scan reads the blob in r to its end. The contents of its regular files go to
 // sink at the offsets of their entries, except for blocks of zeroes; runs of
-// zeroes that fill a piece are left out of the frame table as well.
+// zeroes that fill a piece are left out of the frame table as well. A compressed
+// blob is cut into frames at points that are made on the way, from which each can
+// be decompressed by itself.
 //
 // r is read until Scan returns and no longer. Errors wrap [index.ErrMalformed]
-// unless r or sink failed.
-func Scan(r io.Reader, c Compression, sink Sink) (*index.Layer, Result, error) {
+// unless r, sink or what is in o failed.
+func Scan(r io.Reader, c Compression, sink Sink, o Options) (*index.Layer, Result, error) {
 	if c > Zstd {
 		return nil, Result{}, fmt.Errorf("scan layer: %s", c)
 	}
 	g, ctx := errgroup.WithContext(context.Background())
 	s := &scanner{
-		ctx: ctx, sink: sink, plain: c == Plain, b: index.NewBuilder(index.Stream),
+		ctx: ctx, sink: sink, c: c, b: index.NewBuilder(index.Stream), passing: o.Passing,
 		proofs: make(chan proof, depth),
 	}
+	if o.Skeleton != nil {
+		var err error
+		if s.gaps, err = newSkeletonWriter(o.Skeleton); err != nil {
+			return nil, Result{}, err
+		}
+	}
+	sp := newSpans(ctx, c, o)
 	var res Result
-	tarBufs := start(g, ctx, r, c, &res)
+	tarBufs := start(g, ctx, r, c, sp, &res)
 	g.Go(func() error {
 		defer close(s.proofs)
 		return s.scan(tarBufs)
 	})
 	g.Go(func() error { return prove(ctx, s.proofs) })
-	if err := g.Wait(); err != nil {
+	err := g.Wait()
+	if err == nil && s.gaps != nil {
+		err = s.gaps.close()
+	}
+	if err != nil {
 		return nil, Result{}, fmt.Errorf("scan layer: %w", err)
 	}
 	if c == Plain {
 		res.DiffID, res.Uncompressed = res.Digest, res.Size
 	}
-	for _, p := range s.pieces {
-		p.piece.Frame = s.b.AddFrame(p.frame)
-		s.b.AddPiece(p.piece)
-	}
+	points := sp.end()
+	s.frames(points, res.Size)
 	// The frames say themselves where they lie: nothing is bounded by the end.
 	l, err := s.b.Layer(res.Size)
 	if err != nil {
 		return nil, Result{}, fmt.Errorf("scan layer: %w", err)
 	}
+	l.Points = points
 	return l, res, nil
 }
 
 // scanner is the part of a pass that knows of tar and files.
 type scanner struct {
-	ctx    context.Context // ends when another part of the pass fails
-	sink   Sink
-	plain  bool // the blob is the tar
-	b      *index.Builder
-	in     *stream
-	proofs chan proof
-	sparse int64      // bytes of sparse files so far
-	pieces []*pending // those that are not all zeroes, in the order of the data file
+	ctx     context.Context // ends when another part of the pass fails
+	sink    Sink
+	c       Compression
+	b       *index.Builder
+	gaps    *skeletonWriter // nil where nobody wants a skeleton
+	passing Passing         // nil where nobody is told
+	in      *stream
+	proofs  chan proof
+	sparse  int64      // bytes of sparse files so far
+	pieces  []*pending // those that are not all zeroes, in the order of the data file
 }
 
+// pending is a piece that waits for its digest.
 type pending struct {
-	frame index.Frame
-	piece index.Piece // its digest is set by prove
+	piece index.Piece // its digest is set by prove; Inner counts from the span's beginning
+	span  int         // the span that it comes from, -1 where it lies in none by itself
+}
+
+// frames gives the pieces their frames, the spans between two points. What can
+// only be had by another pass comes last.
+func (s *scanner) frames(points *index.Points, size int64) {
+	n := 0
+	if points != nil {
+		n = points.Len()
+	}
+	kind := [...]index.Kind{Plain: index.Raw, Gzip: index.Deflate, Zstd: index.Blocks}[s.c]
+	for i := range n {
+		p, end := points.At(i), size
+		if i+1 < n {
+			end = points.At(i + 1).In
+		}
+		s.b.AddFrame(index.Frame{Offset: p.Start(), Length: end - p.Start(), Kind: kind, Point: i + 1})
+	}
+	for _, p := range s.pieces {
+		p.piece.Frame = p.span
+		if p.span < 0 || p.span >= n {
+			p.piece.Inner = 0
+			p.piece.Frame = s.b.AddFrame(index.Frame{Kind: index.Stream})
+		}
+		s.b.AddPiece(p.piece)
+	}
 }
 
 // scan reads the tar and then what follows it, which belongs to the diffID.
 func (s *scanner) scan(bufs <-chan *buffer) error {
 	s.in = newStream(s.ctx, bufs)
+	s.in.gaps = s.gaps
 	defer s.in.close()
 	tr := tar.NewReader(s.in)
 	for n := 0; ; n++ {
@@ -152,13 +210,24 @@ func (s *scanner) scan(bufs <-chan *buffer) error {
 		if err != nil {
 			return err
 		}
-		if e.IsRegular() && e.Size > 0 {
-			if err := s.contents(tr, h, &e); err != nil {
-				return err
+		full := e.IsRegular() && e.Size > 0
+		if full {
+			if e.Data, err = s.b.Reserve(e.Size); err != nil {
+				return fmt.Errorf("%.80q: %w", h.Name, err)
 			}
 		}
 		if err := s.b.Add(e); err != nil {
 			return fmt.Errorf("%.80q: %w", h.Name, err)
+		}
+		if s.passing != nil {
+			if err := s.passing.Entry(e); err != nil {
+				return err
+			}
+		}
+		if full {
+			if err := s.contents(tr, h, &e); err != nil {
+				return err
+			}
 		}
 	}
 	_, err := io.Copy(io.Discard, s.in)

@@ -1,0 +1,459 @@
+package daemon
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/varvefs/varve/commit"
+	"github.com/varvefs/varve/image"
+)
+
+// ConvertOptions are what `varve convert` asks for.
+type ConvertOptions struct {
+	ImageOptions
+	Ref          string `json:"ref"`                     // what the new image is called
+	To           string `json:"to,omitempty"`            // as a commit's compression; "" for estargz
+	AllPlatforms bool   `json:"all_platforms,omitempty"` // of a manifest list; Platform does not count
+	OCI          bool   `json:"oci,omitempty"`           // docker's media types become OCI's
+	Force        bool   `json:"force,omitempty"`         // layers that have the form already, too
+	Push         bool   `json:"push,omitempty"`
+	// Profile is the files that come first, as [commit.ParseProfile] reads them,
+	// packed by [PackProfile]; nil: none.
+	Profile []byte `json:"profile,omitempty"`
+}
+
+// Converted is what came of a conversion.
+type Converted struct {
+	Digest    string  `json:"Digest"`    // the image ID, of all platforms that of their list
+	Converted int     `json:"Converted"` // layers
+	Kept      int     `json:"Kept"`      // layers that stay as they are
+	From      int64   `json:"From"`      // bytes of the blobs that were converted
+	To        int64   `json:"To"`        // bytes of what they became
+	Pushed    *Pushed `json:"Pushed,omitempty"`
+}
+
+// Convert makes an image with layers of another form.
+func (c *Client) Convert(ctx context.Context, o ConvertOptions) (*Converted, error) {
+	e, err := c.follow(ctx, "/v1/convert", o)
+	return e.Converted, err
+}
+
+// PackProfile makes a profile small enough for a request, which has less room than
+// a profile may have bytes.
+func PackProfile(text []byte) ([]byte, error) {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	if _, err := z.Write(text); err != nil {
+		return nil, err
+	}
+	if err := z.Close(); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
+}
+
+// Convert makes an image of another whose layers have another form, keeps it in
+// the image store, and pushes it if asked.
+func (d *Daemon) Convert(ctx context.Context, o ConvertOptions, n note) (*Converted, error) {
+	c := &converting{Daemon: d, ConvertOptions: o, note: n}
+	if err := c.check(); err != nil {
+		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
+	}
+	defer c.close()
+	if err := c.open(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { c.made.Discard() }()
+	if err := c.convert(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.store(); err != nil {
+		return nil, fmt.Errorf("convert %s: %w", c.from.Familiar(), err)
+	}
+	did := c.made.Done()
+	out := &Converted{Digest: c.target().String(), Converted: did.Converted, Kept: did.Kept, From: did.From, To: did.To}
+	d.log.Info("converted", "ref", c.name.Familiar(), "image", out.Digest, "layers", did.Converted, "bytes", did.To)
+	if o.Push {
+		var err error
+		if out.Pushed, err = c.push(ctx); err != nil {
+			return nil, fmt.Errorf("%s is converted to %s, but not pushed: %w", c.from.Familiar(), out.Digest, err)
+		}
+	}
+	return out, nil
+}
+
+// converting is a conversion on its way.
+type converting struct {
+	*Daemon
+	ConvertOptions
+	note note
+
+	from, name image.Name
+	made       *commit.Converter
+
+	src     image.Source // nil when it may not be asked
+	base    *image.Manifest
+	config  []byte
+	opened  []*blobs
+	results []converted // in the order of the list
+
+	list     []byte               // the new manifest list, nil for a single image
+	listType string               // its media type
+	others   []ocispec.Descriptor // what stays in the list as it is
+}
+
+// converted is the image of one platform.
+type converted struct {
+	*image.Manifest
+	config []byte
+	base   *image.Manifest
+}
+
+// check reads what was asked for, before anything is done.
+func (c *converting) check() (err error) {
+	if c.from, err = image.ParseName(c.Image); err != nil {
+		return err
+	}
+	if c.name, err = image.ParseName(c.Ref); err != nil {
+		return err
+	}
+	if c.name.IsLocal() || c.name.IsID() || c.name.Digest() != "" {
+		return fmt.Errorf("%s: an image is converted to a name and a tag", c.Ref)
+	}
+	if c.AllPlatforms {
+		c.Platform = ""
+	}
+	if _, err := image.NormalizePlatform(c.Platform); err != nil {
+		return err
+	}
+	o := commit.ConvertOptions{
+		To: commit.Compression(c.To), OCI: c.OCI, Force: c.Force, Dir: c.dirs.State,
+		Report: c.note.report, Warn: c.note.warn,
+	}
+	if c.Profile != nil {
+		z, err := gzip.NewReader(bytes.NewReader(c.Profile))
+		if err != nil {
+			return fmt.Errorf("profile: %w", err)
+		}
+		if o.Profile, err = commit.ParseProfile(z); err != nil {
+			return err
+		}
+	}
+	c.made, err = commit.NewConverter(c.images, o)
+	return err
+}
+
+func (c *converting) close() {
+	if c.src != nil {
+		c.src.Close()
+	}
+	for _, b := range c.opened {
+		b.Close()
+	}
+}
+
+// open finds the image.
+func (c *converting) open(ctx context.Context) (err error) {
+	if c.src, err = c.source(c.from, c.ImageOptions); err != nil && !c.from.IsID() {
+		return err
+	}
+	c.base, c.config, err = c.manifest(ctx, c.src, c.from, c.ImageOptions, c.note)
+	// A source finds a list by one of its platforms only.
+	for _, p := range []string{"linux/amd64", "linux/arm64", "linux/arm/v7", "linux/s390x", "linux/ppc64le", "linux/riscv64", "linux/386", "windows/amd64"} {
+		if !c.AllPlatforms || !errors.Is(err, image.ErrNoPlatform) {
+			break
+		}
+		o := c.ImageOptions
+		o.Platform = p
+		c.base, c.config, err = c.manifest(ctx, c.src, c.from, o, c.note)
+	}
+	return err
+}
+
+// configOf gives an image's config, and sees that the image is of the platform that
+// was asked.
+func (c *converting) configOf(ctx context.Context, m *image.Manifest, config []byte) ([]byte, error) {
+	var err error
+	if config == nil {
+		if c.src == nil {
+			return nil, c.absent("config", m.ConfigDesc.Digest)
+		}
+		if config, err = c.src.Config(ctx, m); err != nil {
+			return nil, err
+		}
+	}
+	parsed, err := image.ParseConfig(config)
+	if err == nil && c.Platform != "" {
+		err = parsed.MatchPlatform(c.Platform)
+	}
+	if m.Platform == "" {
+		m.Platform = parsed.Platform()
+	}
+	return config, err
+}
+
+func (c *converting) absent(what string, d digest.Digest) error {
+	return fmt.Errorf("No such image: the %s %s of %s is not here, and may not be asked for%w", what, d, c.from.Familiar(), silent{image.ErrNotFound})
+}
+
+// convert converts the image, or all that the list names.
+func (c *converting) convert(ctx context.Context) error {
+	list := c.base.Blobs[c.base.Target]
+	if !c.AllPlatforms || c.base.Target == c.base.Digest || list == nil {
+		return c.one(ctx, c.base, c.config)
+	}
+	entries, err := commit.Manifests(list)
+	if err != nil {
+		return fmt.Errorf("convert %s: %w", c.from.Familiar(), err)
+	}
+	made := map[digest.Digest]*image.Manifest{}
+	for _, e := range entries {
+		if made[e.Digest] != nil {
+			continue
+		}
+		m, config, err := c.entry(ctx, e)
+		if err != nil {
+			return err
+		}
+		if m == nil {
+			c.others = append(c.others, e)
+			continue
+		}
+		c.note.report("", "Platform "+m.Platform, 0, 0)
+		if err := c.one(ctx, m, config); err != nil {
+			return err
+		}
+		made[e.Digest] = c.results[len(c.results)-1].Manifest
+	}
+	if len(made) == 0 {
+		return fmt.Errorf("convert %s: its manifest list names no image%w", c.from.Familiar(), silent{image.ErrNoPlatform})
+	}
+	c.list, c.listType, err = commit.ConvertedList(list, made)
+	return err
+}
+
+// one converts the image of one platform.
+func (c *converting) one(ctx context.Context, m *image.Manifest, config []byte) error {
+	config, err := c.configOf(ctx, m, config)
+	if err != nil {
+		return err
+	}
+	b := c.blobsOf(m, c.ImageOptions, c.note)
+	c.opened = append(c.opened, b)
+	out, made, err := c.made.Image(ctx, m, config, b)
+	if err != nil {
+		return err
+	}
+	c.results = append(c.results, converted{Manifest: out, config: made, base: m})
+	return nil
+}
+
+// entry gives an image of a manifest list, with its config if that is here; nil for
+// what is no image and stays as it is.
+func (c *converting) entry(ctx context.Context, e ocispec.Descriptor) (*image.Manifest, []byte, error) {
+	if !commit.MayBeImage(e) {
+		return nil, nil, nil
+	}
+	platform, err := image.NormalizePlatform(strings.TrimSuffix(e.Platform.OS+"/"+e.Platform.Architecture+"/"+e.Platform.Variant, "/"))
+	if err != nil {
+		return nil, nil, err
+	}
+	if id, err := image.ParseName(e.Digest.String()); err == nil {
+		m, config, err := c.images.Get(id, platform)
+		if err == nil && m.Digest == e.Digest {
+			return m, config, nil
+		}
+	}
+	raw, err := c.document(ctx, e)
+	if err != nil {
+		return nil, nil, err
+	}
+	if isListType(e.MediaType) {
+		return nil, nil, fmt.Errorf("convert %s: %w: a manifest list in its manifest list", c.from.Familiar(), image.ErrMalformed)
+	}
+	if !commit.IsImage(raw) {
+		return nil, nil, nil
+	}
+	m, err := image.ParseManifest(raw, e.MediaType)
+	if err != nil {
+		return nil, nil, fmt.Errorf("convert %s: %s: %w", c.from.Familiar(), platform, err)
+	}
+	m.Name, m.Target, m.Platform, m.Sources = c.base.Name, m.Digest, platform, c.base.Sources
+	m.Blobs = map[digest.Digest][]byte{m.Digest: raw}
+	return m, nil, nil
+}
+
+func isListType(mt string) bool {
+	return mt == ocispec.MediaTypeImageIndex || mt == image.MediaTypeDockerList
+}
+
+// document reads a manifest from where the image comes from. A source gives blobs
+// and images; a manifest that is perhaps none is, in a layout, a blob like any
+// other, and in a registry beside the blobs.
+func (c *converting) document(ctx context.Context, e ocispec.Descriptor) ([]byte, error) {
+	if c.src == nil {
+		return nil, c.absent("manifest", e.Digest)
+	}
+	at, err := c.src.Blob(image.Layer{Digest: e.Digest, Size: e.Size, MediaType: e.MediaType})
+	if err != nil {
+		return nil, err
+	}
+	if at.Local != nil {
+		return checked(e, io.NewSectionReader(at.Local, 0, at.Size))
+	}
+	err = c.absent("manifest", e.Digest)
+	for _, o := range at.Origins {
+		var raw []byte
+		if raw, err = c.get(ctx, e, o); err == nil {
+			return raw, nil
+		}
+	}
+	return nil, err
+}
+
+// documentTime bounds the reading of one manifest.
+const documentTime = 2 * time.Minute
+
+func (c *converting) get(ctx context.Context, e ocispec.Descriptor, o image.Origin) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, documentTime)
+	defer cancel()
+	i := strings.LastIndex(o.URL, "/blobs/")
+	if i < 0 {
+		return nil, c.absent("manifest", e.Digest)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, o.URL[:i]+"/manifests/"+e.Digest.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept", e.MediaType)
+	resp, err := (&http.Client{Transport: o.Transport}).Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("pull %s: manifest %s: registry %s gives no answer%w", c.from.Familiar(), e.Digest, o.Registry, silent{errors.Join(image.ErrUnreachable, ctx.Err())})
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("pull %s: manifest %s: registry %s says %s%w", c.from.Familiar(), e.Digest, o.Registry, resp.Status, silent{statusKind(resp.StatusCode)})
+	}
+	return checked(e, resp.Body)
+}
+
+func statusKind(code int) error {
+	switch {
+	case code == http.StatusUnauthorized || code == http.StatusForbidden:
+		return image.ErrUnauthorized
+	case code == http.StatusNotFound:
+		return image.ErrNotFound
+	}
+	return image.ErrUnreachable
+}
+
+// checked reads a document that a list names.
+func checked(e ocispec.Descriptor, r io.Reader) ([]byte, error) {
+	raw, err := io.ReadAll(io.LimitReader(r, e.Size+1))
+	if err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", e.Digest, err)
+	}
+	if int64(len(raw)) != e.Size || e.Digest.Algorithm().FromBytes(raw) != e.Digest {
+		return nil, fmt.Errorf("manifest %s: %w: these are other bytes", e.Digest, image.ErrMalformed)
+	}
+	return raw, nil
+}
+
+// target is the new image's ID.
+func (c *converting) target() digest.Digest {
+	if c.list != nil {
+		return digest.FromBytes(c.list)
+	}
+	return c.results[0].Digest
+}
+
+// store gives the new image its name. From then on it can be mounted.
+func (c *converting) store() error {
+	for _, r := range c.results {
+		r.Name, r.Target = c.name, c.target()
+		if c.list != nil {
+			r.Blobs[r.Target] = c.list
+		}
+		if err := c.images.PutFrom(r.Manifest, r.config, sourcesOf(r.base)); err != nil {
+			return err
+		}
+	}
+	c.made.Release()
+	return nil
+}
+
+// push sends the image, of all platforms the list last.
+func (c *converting) push(ctx context.Context) (*Pushed, error) {
+	to := ImageOptions{Insecure: c.Insecure, Auth: c.Auth, AuthConfig: c.AuthConfig}
+	if c.list == nil {
+		r := c.results[0]
+		b := c.blobsOf(r.Manifest, c.ImageOptions, c.note)
+		defer b.Close()
+		return c.Daemon.push(ctx, c.name, r.Manifest, r.config, b, to, c.note)
+	}
+	all := &Pushed{Ref: c.name.Familiar(), Digest: c.target().String(), Size: int64(len(c.list))}
+	add := func(m *image.Manifest, config []byte) error {
+		b := c.blobsOf(m, c.ImageOptions, c.note)
+		defer b.Close()
+		p, err := c.Daemon.push(ctx, c.name.WithDigest(m.Digest), m, config, b, to, c.note)
+		if err != nil {
+			return err
+		}
+		for sum, k := range map[*Count]Count{&all.Uploaded: p.Uploaded, &all.Mounted: p.Mounted, &all.Existed: p.Existed, &all.Streamed: p.Streamed} {
+			sum.Blobs += k.Blobs
+			sum.Bytes += k.Bytes
+		}
+		return nil
+	}
+	for _, r := range c.results {
+		if err := add(r.Manifest, r.config); err != nil {
+			return nil, err
+		}
+	}
+	for _, e := range c.others {
+		m, config, err := c.other(ctx, e)
+		if err == nil {
+			err = add(m, config)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	auth := to.Auth
+	auth.Inline = to.AuthConfig
+	base, transport, err := c.registries.Endpoint(c.name, image.Options{Insecure: to.Insecure, Auth: auth, Log: c.log})
+	if err != nil {
+		return nil, err
+	}
+	err = commit.PushList(ctx, c.list, c.listType, commit.PushOptions{Target: c.name, Base: base, Transport: transport})
+	if err != nil {
+		return nil, err
+	}
+	c.note(event{Status: &Status{Status: fmt.Sprintf("%s: digest: %s size: %d", c.name.Tag(), all.Digest, all.Size)}})
+	return all, nil
+}
+
+// other reads what stays in the list as it is, so that it can be pushed.
+func (c *converting) other(ctx context.Context, e ocispec.Descriptor) (*image.Manifest, []byte, error) {
+	raw, err := c.document(ctx, e)
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err := commit.ArtifactManifest(raw, e.MediaType)
+	if err != nil {
+		return nil, nil, err
+	}
+	m.Name, m.Sources = c.base.Name, c.base.Sources
+	config, err := c.src.Config(ctx, m)
+	return m, config, err
+}

@@ -1,0 +1,202 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/varvefs/varve/fetch"
+	"github.com/varvefs/varve/fs"
+	"github.com/varvefs/varve/index"
+)
+
+// growth is the mount of an image of which layers have no index and are still
+// read: served by FUSE from what has passed, until all has; then the face that
+// was chosen takes its place, where the kernel lets it.
+type growth struct {
+	*fs.Served
+	tree   *index.Growing
+	cancel context.CancelFunc
+	done   chan struct{} // the mount is what it will be
+}
+
+// Unmount ends the growth with the mount. Who waits for a name would keep it.
+func (g *growth) Unmount(lazy bool) error {
+	if lazy {
+		g.tree.Fail(os.ErrClosed)
+	}
+	err := g.Served.Unmount(lazy)
+	if err == nil {
+		g.cancel()
+	}
+	return err
+}
+
+// grow mounts t, of which layers are still read.
+func (m *mount) grow(t *tree, kind string, n note) error {
+	d := m.d
+	g := index.NewGrowing(len(t.layers))
+	g.Want = func(i int) func() {
+		if p := t.passes[i]; p != nil {
+			return p.Want()
+		}
+		return func() {}
+	}
+	data := make([]fs.Data, len(t.layers))
+	keys := make([]string, len(t.layers))
+	left := 0
+	for i, h := range t.layers {
+		if p := t.passes[i]; p != nil {
+			data[i], keys[i] = p, p.Key()
+			left++
+			continue
+		}
+		data[i], keys[i] = h, h.Key
+		entries, err := h.Entries()
+		if err == nil {
+			err = g.AddAll(i, entries)
+		}
+		if err != nil {
+			t.close()
+			return err
+		}
+	}
+	o := fs.Options{Metrics: d.m, Log: d.log, Setuid: m.Setuid, Xattrs: true, Fault: func(i int, off int64, err error) {
+		d.fault(readFault{keys[i], off, err})
+	}}
+	s, err := fs.Serve(m.Dir, fs.NewGrowing(g, data, o), o)
+	if err != nil {
+		t.close()
+		return err
+	}
+	ctx, cancel := context.WithCancel(d.life)
+	gr := &growth{Served: s, tree: g, cancel: cancel, done: make(chan struct{})}
+	for i, p := range t.passes {
+		if p != nil {
+			p.Watch(func(e index.Entry) {
+				if err := g.Add(i, e); err != nil {
+					cancel() // the tree has failed and says so to all who ask
+				}
+			})
+		}
+	}
+	t.retain() // for the growth, which ends with the mount
+	d.mu.Lock()
+	m.tree, m.face, m.kind, m.err, m.coming, m.growth = t, gr, faceFuse, nil, false, gr
+	m.reason = fmt.Sprintf("%d of %d layers are still being read", left, len(t.layers))
+	d.m.Mounts.WithLabelValues("mounted", faceFuse).Inc()
+	d.mu.Unlock()
+	n.warn("%s: %s: listings show what has passed, everything else waits for it (--wait waits here)", m.Image, m.reason)
+	d.background.Go(func() {
+		defer close(gr.done)
+		defer cancel()
+		defer t.close()
+		if err := m.grown(ctx, gr, t, kind); err != nil {
+			g.Fail(err)
+			d.mu.Lock()
+			if m.growth == gr {
+				m.err, m.growth = err, nil
+				if m.face == gr {
+					d.log.Error("mount failed: it must be unmounted and made anew", "mount", m.Name, "image", m.Image, "err", err)
+				}
+			}
+			d.mu.Unlock()
+		}
+	})
+	return nil
+}
+
+// grown waits for the layers and then has the mount be what it would have been
+// with them from the start.
+func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) error {
+	start := time.Now()
+	finished := make(chan error, len(t.passes))
+	left := 0
+	for i, p := range t.passes {
+		if p == nil {
+			continue
+		}
+		left++
+		go func() {
+			err := p.Wait(ctx)
+			if err == nil {
+				g.tree.Complete(i)
+			}
+			finished <- err
+		}()
+	}
+	for ; left > 0; left-- {
+		if err := <-finished; err != nil {
+			return err
+		}
+	}
+	o := m.ImageOptions
+	o.target = t.manifest.Target.String()
+	whole, err := m.d.open(ctx, o, func(event) {})
+	if err != nil {
+		return err
+	}
+	m.d.mu.Lock()
+	defer m.d.mu.Unlock()
+	if m.growth != g || m.face != g {
+		whole.close()
+		return errors.New("it was unmounted")
+	}
+	m.growth = nil
+	old := m.tree
+	m.tree, m.Keys = whole, whole.keys()
+	if err := m.changeOver(kind); err != nil {
+		m.reason = fmt.Sprintf("it was mounted while layers were read, and stays so until it is mounted anew: %v", err)
+	}
+	go func() { <-g.Served.Done(); old.close() }() // who is in the old mount reads on
+	m.d.log.Info("read whole", "mount", m.Name, "image", m.Image, "face", m.kind, "dur", time.Since(start))
+	return m.save()
+}
+
+// changeOver puts the face of a mount in the place of what served it while it
+// grew. The caller holds mu.
+func (m *mount) changeOver(kind string) error {
+	if kind != faceKernel {
+		return errors.New("only the kernel face can take another's place")
+	}
+	f, err := m.d.faces.beneath(m.Dir, m.tree, m.Setuid)
+	if err != nil {
+		return err
+	}
+	m.d.m.Mounts.WithLabelValues("mounted", m.kind).Dec()
+	m.face, m.kind, m.reason = f, kind, "the kernel mounts EROFS over files served by FUSE"
+	m.d.m.Mounts.WithLabelValues("mounted", kind).Inc()
+	return nil
+}
+
+// keys names the layers as the store does, nil while some are read.
+func (t *tree) keys() []string {
+	if t.passes != nil {
+		return nil
+	}
+	keys := make([]string, len(t.layers))
+	for i, h := range t.layers {
+		keys[i] = h.Key
+	}
+	return keys
+}
+
+// whole waits until no layer of the mount is read any more.
+func (m *mount) whole(ctx context.Context) error {
+	m.d.mu.Lock()
+	g := m.growth
+	m.d.mu.Unlock()
+	if g == nil {
+		return nil
+	}
+	select {
+	case <-g.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+var _ fs.Data = (*fetch.Pass)(nil)

@@ -1,0 +1,267 @@
+package fetch
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/varvefs/varve/fetch/store"
+	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/tarscan"
+)
+
+// Pass is a layer that has no index, on its one way from the first byte to the
+// last. It is a layer already, as far as it has passed: its names are told as they
+// come, and reads of its data file wait for their bytes. What it gives is proven
+// when it is over, and not before. One Pass serves all who want the layer; each
+// closes it.
+type Pass struct {
+	f      *Fetcher
+	key    string
+	digest string
+	size   int64 // of the blob
+	about  About
+	cancel context.CancelFunc
+	read   atomic.Int64 // bytes of the blob
+	data   *os.File     // the data file, open for as long as somebody has the pass
+	fd     int
+	done   chan struct{}
+	gate   sync.RWMutex // see Layer.gates
+
+	refs int // guarded by Fetcher.mu
+
+	mu       sync.Mutex // guards what follows
+	change   *sync.Cond
+	entries  []index.Entry // that passed
+	watching []func(index.Entry)
+	passed   int64 // bytes of the data file
+	layer    *Layer
+	err      error // set before done is closed
+}
+
+// join gives the pass of a layer, which it begins if there is none.
+func (f *Fetcher) join(key string, q *Request, reason, why string) (*Pass, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, os.ErrClosed
+	}
+	if p := f.passes[key]; p != nil {
+		p.refs++
+		return p, nil
+	}
+	g, err := f.store.Stage(key)
+	if err != nil {
+		return nil, err
+	}
+	p := &Pass{
+		f: f, key: key, digest: q.Digest, size: q.Size, refs: 1, done: make(chan struct{}),
+		about: About{Format: "being read", Why: why, Size: q.Size},
+	}
+	p.change = sync.NewCond(&p.mu)
+	// The staging closes its own when it is done with the file.
+	fd, err := unix.FcntlInt(g.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		g.Discard()
+		return nil, err
+	}
+	p.fd, p.data = fd, os.NewFile(uintptr(fd), "data")
+	ctx, cancel := context.WithCancel(context.Background())
+	p.cancel = cancel
+	f.passes[key] = p
+	f.m.LazyFallbacks.WithLabelValues(reason).Inc()
+	f.running.Go(func() { p.run(ctx, g, q) })
+	return p, nil
+}
+
+// Close gives the pass up. It ends when nobody has it any more.
+func (p *Pass) Close() {
+	p.f.mu.Lock()
+	defer p.f.mu.Unlock()
+	if p.refs--; p.refs > 0 {
+		return
+	}
+	p.cancel()
+	if p.f.passes[p.key] == p {
+		delete(p.f.passes, p.key)
+	}
+	go func() { // a reader that waits for the pass learns first that it ended
+		<-p.done
+		p.data.Close()
+	}()
+}
+
+// run reads the layer from its first byte to its last, checks what its manifest
+// and config say of it, and keeps everything.
+func (p *Pass) run(ctx context.Context, g *store.Staging, q *Request) {
+	defer g.Discard()
+	l, err := p.keep(ctx, g, q)
+	if err != nil {
+		err = fmt.Errorf("layer %.19s: %w", p.digest, err)
+	}
+	p.f.turns.forget(p)
+	p.f.mu.Lock()
+	if p.f.passes[p.key] == p {
+		delete(p.f.passes, p.key)
+	}
+	p.f.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.layer, p.err, p.watching = l, err, nil
+	close(p.done)
+	p.change.Broadcast()
+}
+
+func (p *Pass) keep(ctx context.Context, g *store.Staging, q *Request) (*Layer, error) {
+	pre := preparation{Fetcher: p.f, Request: *q, key: p.key, ctx: ctx}
+	r := pre.reader(0, q.Size)
+	defer r.Close()
+	var about About
+	var l *index.Layer
+	err := g.Document(skeletonDocument, func(w io.Writer) (err error) {
+		l, about, err = pre.whole(&turn{ctx, p, r}, g, tarscan.Options{Skeleton: w, Passing: p})
+		return err
+	})
+	if ctx.Err() != nil {
+		err = context.Canceled // what else went wrong came of it
+	}
+	if err != nil {
+		return nil, err
+	}
+	about.Why = p.about.Why
+	if err := p.f.keep(g, l, about, pre.fetched, true); err != nil {
+		return nil, err
+	}
+	done, err := p.f.resident(p.key)
+	if err == nil {
+		done.gated(&p.gate)
+	}
+	return done, err
+}
+
+// turn reads a pass's blob when it is its turn.
+type turn struct {
+	ctx context.Context
+	p   *Pass
+	r   io.Reader
+}
+
+func (t *turn) Read(b []byte) (int, error) {
+	t.p.f.turns.wait(t.ctx, t.p)
+	n, err := t.r.Read(b)
+	t.p.read.Add(int64(n))
+	return n, err
+}
+
+// Entry and Passed are told of what passes.
+func (p *Pass) Entry(e index.Entry) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.entries = append(p.entries, e)
+	for _, w := range p.watching {
+		w(e)
+	}
+	return nil
+}
+
+func (p *Pass) Passed(off int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.passed = off
+	p.change.Broadcast()
+}
+
+// Watch tells fn of the names that passed and of those that will, in the tar's
+// order.
+func (p *Pass) Watch(fn func(index.Entry)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, e := range p.entries {
+		fn(e)
+	}
+	p.watching = append(p.watching, fn)
+}
+
+// Want lets the pass go before those that nobody waits for.
+func (p *Pass) Want() (done func()) { return p.f.turns.want(p) }
+
+// Done is closed when the pass is over.
+func (p *Pass) Done() <-chan struct{} { return p.done }
+
+// Wait returns when the pass is over, with what went wrong, or when ctx is.
+func (p *Pass) Wait(ctx context.Context) error {
+	select {
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Read gives the bytes of the blob that were read, and its size.
+func (p *Pass) Read() (n, size int64) { return p.read.Load(), p.size }
+
+// Digest is the blob's.
+func (p *Pass) Digest() string { return p.digest }
+
+// About says why the layer is read whole.
+func (p *Pass) About() About { return p.about }
+
+// Key is what the layer will have in the store.
+func (p *Pass) Key() string { return p.key }
+
+// Hold is [Layer.Hold] of a layer that still passes: it waits for bytes that have
+// not.
+func (p *Pass) Hold(off, n int64) error {
+	l, err := p.wait(off + n)
+	if err != nil {
+		return err
+	}
+	if l != nil {
+		return l.hold(&p.gate, off, n)
+	}
+	p.gate.RLock()
+	return nil
+}
+
+// Release ends what Hold began.
+func (p *Pass) Release() { p.gate.RUnlock() }
+
+// wait returns when the data file has everything before end, with the layer where
+// the pass is over.
+func (p *Pass) wait(end int64) (*Layer, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var wanted func()
+	for p.passed < end && p.layer == nil && p.err == nil {
+		if wanted == nil {
+			p.mu.Unlock()
+			wanted = p.Want()
+			p.mu.Lock()
+			continue
+		}
+		p.change.Wait()
+	}
+	if wanted != nil {
+		defer wanted()
+	}
+	if p.err != nil {
+		return nil, p.err
+	}
+	return p.layer, nil
+}
+
+// Fd gives the data file's descriptor, which stays open until Close.
+func (p *Pass) Fd() int { return p.fd }
+
+// Size is the length of the data file so far.
+func (p *Pass) Size() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.passed
+}

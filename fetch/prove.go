@@ -1,0 +1,233 @@
+package fetch
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"reflect"
+
+	"github.com/varvefs/varve/index"
+	"github.com/varvefs/varve/index/tarscan"
+)
+
+// errIndex says that an index is not its layer's.
+var errIndex = errors.New("the index does not match the layer")
+
+// proveSoon proves a layer that is read by an index which others made, now that
+// all of it is here. The caller holds mu.
+func (l *Layer) proveSoon() {
+	if !l.about.Load().Unproven || l.ctx.Err() != nil || !l.proving.CompareAndSwap(false, true) {
+		return
+	}
+	var diffID func() (string, error)
+	for _, h := range l.sources {
+		diffID = h.diffID
+	}
+	if diffID == nil {
+		l.proving.Store(false) // nobody knows what it should be
+		return
+	}
+	l.runs.Go(func() {
+		err := l.prove(diffID)
+		switch {
+		case errors.Is(err, errIndex):
+			l.refuse(err)
+		case err != nil:
+			l.f.log.Warn("a layer could not be compared with its index", "layer", l.Digest, "err", err)
+			l.proving.Store(false)
+		default:
+			l.f.log.Info("layer proven", "layer", l.Digest, "index", l.About().Index)
+		}
+	})
+}
+
+// prove compares the layer with its index: the whole tar has the diffID that the
+// image's config names, its entries are those of the index, one by one, and its
+// contents those of the data file. What the tar holds beside contents is then
+// given up.
+func (l *Layer) prove(diffID func() (string, error)) error {
+	want, err := diffID()
+	if err != nil || want == "" {
+		return errors.Join(err, errors.New("its diffID is not known"))
+	}
+	l.gate.RLock() // nothing may be dropped meanwhile
+	defer l.gate.RUnlock()
+	if !l.Whole() {
+		return errors.New("frames of it were dropped")
+	}
+	about := l.About()
+	in := &padded{r: index.Rebuild(l.frames, l.data.File()), sum: sha256.New(), want: want}
+	var skeleton bytes.Buffer
+	same := &comparing{data: l.data.File()}
+	got, res, err := tarscan.Scan(in, tarscan.Plain, same, tarscan.Options{Skeleton: &skeleton})
+	if errors.Is(err, index.ErrMalformed) {
+		return fmt.Errorf("%w: %w", errIndex, err)
+	}
+	if err != nil {
+		return err
+	}
+	if res.DiffID.String() != want {
+		return fmt.Errorf("%w: the layer's diffID is %s, by the index it is %s", errIndex, want, res.DiffID)
+	}
+	entries, err := l.Entries()
+	if err != nil {
+		return err
+	}
+	if err := compareEntries(got.Entries, entries); err != nil {
+		return err
+	}
+	if err := same.end(about.Contents); err != nil {
+		return err
+	}
+	return l.proven(about, want, skeleton.Bytes())
+}
+
+// padded reads a tar and then the zeroes that it takes to have a digest: SOCI's own
+// builder does not count what follows the tar's end.
+type padded struct {
+	r    io.Reader
+	sum  hash.Hash
+	want string
+	left int // zeroes
+	over bool
+}
+
+// maxPadding is how many zeroes are tried: that is far more than a record of tar.
+const maxPadding = 4 << 20
+
+func (p *padded) Read(b []byte) (int, error) {
+	if !p.over {
+		n, err := p.r.Read(b)
+		p.sum.Write(b[:n])
+		if err != io.EOF {
+			return n, err
+		}
+		p.over, p.left = true, p.zeroes()
+		if n > 0 {
+			return n, nil
+		}
+	}
+	if p.left == 0 {
+		return 0, io.EOF
+	}
+	b = b[:min(len(b), p.left)]
+	clear(b)
+	p.left -= len(b)
+	return len(b), nil
+}
+
+func (p *padded) zeroes() int {
+	var block [512]byte
+	for n := 0; n <= maxPadding; n += len(block) {
+		if fmt.Sprintf("sha256:%x", p.sum.Sum(nil)) == p.want {
+			return n
+		}
+		p.sum.Write(block[:])
+	}
+	return 0
+}
+
+// compareEntries compares what a tar holds with what an index says of it.
+func compareEntries(got, said []index.Entry) error {
+	if len(got) != len(said) {
+		return fmt.Errorf("%w: the layer has %d entries, the index %d", errIndex, len(got), len(said))
+	}
+	for i := range got {
+		if !reflect.DeepEqual(got[i], said[i]) {
+			return fmt.Errorf("%w: %.80q: it is %+v, the index says %+v", errIndex, got[i].Name, got[i], said[i])
+		}
+	}
+	return nil
+}
+
+// comparing compares contents with those that the data file has in the same
+// place. What a scan passes over as zeroes must be zeroes there.
+type comparing struct {
+	data io.ReaderAt
+	at   int64 // up to where it was compared
+	buf  []byte
+}
+
+func (c *comparing) WriteAt(p []byte, off int64) (int, error) {
+	if err := c.end(off); err != nil {
+		return 0, err
+	}
+	c.buf = append(c.buf[:0], p...)
+	if _, err := c.data.ReadAt(c.buf, off); err != nil {
+		return 0, err
+	}
+	if !bytes.Equal(c.buf, p) {
+		return 0, fmt.Errorf("%w: contents at %d of the data file differ", errIndex, off)
+	}
+	c.at = off + int64(len(p))
+	return len(p), nil
+}
+
+// end compares what lies before off with zeroes.
+func (c *comparing) end(off int64) error {
+	const step = 1 << 20
+	for c.at < off {
+		n := min(step, off-c.at)
+		b := make([]byte, n)
+		if _, err := c.data.ReadAt(b, c.at); err != nil && err != io.EOF {
+			return err
+		}
+		for _, v := range b {
+			if v != 0 {
+				return fmt.Errorf("%w: zeroes at %d of the data file differ", errIndex, c.at)
+			}
+		}
+		c.at += n
+	}
+	return nil
+}
+
+// proven keeps a layer that was found to be what its index says, with the digest
+// of every piece, and clears the rest of the tar away.
+func (l *Layer) proven(about About, diffID string, skeleton []byte) error {
+	table, err := l.frames.Proven(about.Contents, func(p index.Piece) ([sha256.Size]byte, error) {
+		h := sha256.New()
+		_, err := io.Copy(h, io.NewSectionReader(l.data.File(), p.Data, p.Size))
+		return sumOf(h), err
+	})
+	if err != nil {
+		return err
+	}
+	rest := l.Size() - about.Contents
+	at := about.Contents
+	about.Unproven, about.ByFrame, about.DiffID = false, false, diffID
+	for _, doc := range []struct {
+		name  string
+		write func(io.Writer) error
+	}{
+		{skeletonDocument, func(w io.Writer) error { _, err := w.Write(skeleton); return err }},
+		{framesDocument, func(w io.Writer) error { _, err := table.WriteTo(w); return err }},
+		{aboutDocument, func(w io.Writer) error { return json.NewEncoder(w).Encode(about) }},
+	} {
+		if err := l.f.store.Replace(l.Key, doc.name, doc.write); err != nil {
+			return err
+		}
+	}
+	l.about.Store(&about)
+	if rest == 0 {
+		return nil
+	}
+	return l.data.Punch(at, rest)
+}
+
+// refuse gives up a layer whose index is wrong: nothing that was read through it
+// is kept or read again, and the index is not used any more.
+func (l *Layer) refuse(err error) {
+	l.f.log.Error("index refused: mounts of the layer must be made anew", "layer", l.Digest, "index", l.About().Index, "err", err)
+	l.f.m.VerifyFailures.WithLabelValues("index").Inc()
+	l.f.m.LazyFallbacks.WithLabelValues("index_mismatch").Inc()
+	err = fmt.Errorf("%v: %w: %w", l, ErrVerify, err)
+	l.wrong.Store(&err)
+	if err := errors.Join(l.f.store.Refuse(l.Key), l.f.forget(l)); err != nil {
+		l.f.log.Error("refused index", "layer", l.Digest, "err", err)
+	}
+}
