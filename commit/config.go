@@ -3,33 +3,12 @@ package commit
 import (
 	"encoding/json"
 	"fmt"
-	"strconv"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/varvefs/varve/image"
 )
-
-// lastSecond is the last one that RFC 3339 can write, 9999-12-31T23:59:59Z.
-const lastSecond = 253402300799
-
-// CreatedFromEnv reads SOURCE_DATE_EPOCH, the time that reproducible builds
-// give for the present (https://reproducible-builds.org/specs/source-date-epoch/):
-// seconds since 1970, digits alone. It reports false where the variable is not
-// set, or empty. getenv is os.Getenv or its like.
-func CreatedFromEnv(getenv func(string) string) (time.Time, bool, error) {
-	s := getenv("SOURCE_DATE_EPOCH")
-	if s == "" {
-		return time.Time{}, false, nil
-	}
-	n, err := strconv.ParseUint(s, 10, 63)
-	if err != nil || n > lastSecond {
-		return time.Time{}, false, fmt.Errorf("SOURCE_DATE_EPOCH is %.40q: it must be a number of seconds from 0 to %d", s, int64(lastSecond))
-	}
-	return time.Unix(int64(n), 0).UTC(), true, nil
-}
 
 // newConfig makes the config of the new image from the bytes of its base's:
 // what is not changed here keeps its bytes. It has a layer for each of the kept

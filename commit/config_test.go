@@ -20,33 +20,6 @@ func diffIDsOf(n int) string {
 	return `{"type":"layers","diff_ids":[` + strings.Join(ids, ",") + `]}`
 }
 
-func TestCreatedFromEnv(t *testing.T) {
-	for _, tt := range []struct {
-		value string
-		want  string // "": not set
-		bad   bool
-	}{
-		{value: ""},
-		{value: "0", want: "1970-01-01T00:00:00Z"},
-		{value: "1700000000", want: "2023-11-14T22:13:20Z"},
-		{value: "253402300799", want: "9999-12-31T23:59:59Z"},
-		{value: "253402300800", bad: true},
-		{value: "99999999999999999999", bad: true},
-		{value: "-1", bad: true}, {value: "+1", bad: true}, {value: " 1", bad: true}, {value: "1\n", bad: true},
-		{value: "1.5", bad: true}, {value: "0x10", bad: true}, {value: "1_000", bad: true}, {value: "now", bad: true},
-	} {
-		got, ok, err := CreatedFromEnv(func(name string) string {
-			if name != "SOURCE_DATE_EPOCH" {
-				t.Error(name)
-			}
-			return tt.value
-		})
-		if bad := err != nil; bad != tt.bad || ok != (tt.want != "") || ok && got.Format(time.RFC3339Nano) != tt.want {
-			t.Errorf("%q: %s, %v, %v", tt.value, got, ok, err)
-		}
-	}
-}
-
 // What no commit changes is there byte for byte, and where it was.
 func TestUnknownFieldsAreKept(t *testing.T) {
 	const base = `{

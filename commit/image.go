@@ -112,6 +112,9 @@ func makeImage(base *image.Manifest, config []byte, layer *LayerDesc, m Meta) (*
 	return out, made, nil
 }
 
+// lastSecond is the last one that RFC 3339 can write, 9999-12-31T23:59:59Z.
+const lastSecond = 253402300799
+
 func checkInput(base *image.Manifest, config []byte, layer *LayerDesc, m Meta) error {
 	switch {
 	case digest.FromBytes(config) != base.ConfigDesc.Digest:

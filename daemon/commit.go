@@ -375,5 +375,9 @@ func (c *commission) image() (*image.Manifest, []byte, error) {
 	if c.layer.blob != nil {
 		c.layer.blob.Release()
 	}
+	// The base's layers are read by the indexes that the base was found to have.
+	if known := c.knownIndexes(c.base.Digest); len(known) > 0 {
+		c.rememberIndexes(m.Digest, known)
+	}
 	return m, config, nil
 }

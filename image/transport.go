@@ -48,8 +48,9 @@ func tuned(base http.RoundTripper, h host) (func() http.RoundTripper, string, er
 		return func() http.RoundTripper { return base }, "", nil
 	}
 	conf := &tls.Config{}
-	if t.TLSClientConfig != nil {
-		conf = t.TLSClientConfig.Clone()
+	// Not of t itself: net/http writes to that when it first uses or clones it.
+	if own := t.Clone().TLSClientConfig; own != nil {
+		conf = own.Clone()
 	}
 	sum := sha256.New()
 	fmt.Fprintf(sum, "%v %v\n", h.tls.skipVerify, h.dial)

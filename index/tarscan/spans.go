@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"hash"
 	"io"
+	"sync/atomic"
 
 	"github.com/varvefs/varve/index"
 )
@@ -18,13 +19,20 @@ const (
 	DefaultDigestSpan = 4 << 20
 
 	// Points are made less often where they would take more than this share of
-	// the decompressed blob.
-	pointsShare = 150 // one part in
+	// the decompressed blob, digests where a zTOC would, but not less often than
+	// maxDigestSpan.
+	pointsShare   = 150 // one part in
+	ztocShare     = 105
+	ztocPoint     = 32<<10 + 17 + 80 // bytes of a zTOC for a point: window, offsets, digest
+	ztocEntry     = 62               // and for an entry, beside its name
+	maxDigestSpan = 16 << 20
 )
 
 // spans chooses the points of a pass and keeps them.
 type spans struct {
 	span, digestSpan int64
+	fixed            bool         // the digests' spans were asked for
+	named            atomic.Int64 // bytes of a zTOC for the entries so far
 	points           index.PointsWriter
 	chosen           int   // points so far; their states come later
 	digested         []int // those that begin a digest
@@ -46,7 +54,7 @@ type mark struct {
 }
 
 func newSpans(ctx context.Context, c Compression, o Options) *spans {
-	s := &spans{ctx: ctx, span: o.Span, digestSpan: o.DigestSpan}
+	s := &spans{ctx: ctx, span: o.Span, digestSpan: o.DigestSpan, fixed: o.DigestSpan != 0}
 	if s.span == 0 {
 		s.span = DefaultSpan
 	}
@@ -65,7 +73,7 @@ func (s *spans) want(in int64, bits uint8, out int64) bool {
 	if s.chosen > 0 && (out-s.last < s.span || s.points.Bytes() > out/pointsShare || s.chosen >= index.MaxPoints) {
 		return false
 	}
-	if s.marks != nil && (s.chosen == 0 || out-s.lastDigest > s.digestSpan) {
+	if s.marks != nil && (s.chosen == 0 || out-s.lastDigest > s.digestSpan && s.affords(out)) {
 		if send(s.ctx, s.marks, mark{upto: in, cut: true, bits: bits}) != nil {
 			return false
 		}
@@ -75,6 +83,12 @@ func (s *spans) want(in int64, bits uint8, out int64) bool {
 	s.chosen++
 	s.last = out
 	return true
+}
+
+// affords reports whether one more digest keeps a zTOC small.
+func (s *spans) affords(out int64) bool {
+	size := s.named.Load() + int64(len(s.digested)+1)*ztocPoint
+	return s.fixed || size <= out/ztocShare || out-s.lastDigest > maxDigestSpan
 }
 
 // made keeps a point that want chose.
@@ -147,14 +161,16 @@ func (s *spans) hash(bufs <-chan *buffer) error {
 				s.cut(q)
 				q.begin(m.bits > 0)
 			case m.stays:
-				q.before = nil
+				if q.unsure--; q.unsure == 0 {
+					q.before = nil
+				}
 			}
 		case <-s.ctx.Done():
 			return s.ctx.Err()
 		}
 	}
 	q.hash(1 << 62)
-	if q.before != nil { // the last one does not stay
+	if q.unsure > 0 && q.before != nil { // the last one does not stay
 		q.sum = q.before
 		s.digests = s.digests[:len(s.digests)-1]
 	}
@@ -198,7 +214,7 @@ func (s *spans) hashPlain(bufs <-chan *buffer) error {
 					q.hash(s.last)
 					s.cut(q)
 					q.begin(false)
-					q.before = nil
+					q.before, q.unsure = nil, 0
 					s.digested = append(s.digested, s.chosen)
 				}
 				s.chosen++
@@ -230,6 +246,7 @@ type queue struct {
 	sum  hash.Hash // nil before the first digest begins
 
 	before hash.Hash // the sum before this one, until that is known to stay
+	unsure int       // how many are not known to; of them only the last may not
 }
 
 func (q *queue) add(b *buffer) {
@@ -239,6 +256,7 @@ func (q *queue) add(b *buffer) {
 
 func (q *queue) begin(withLast bool) {
 	q.before, q.sum = q.sum, sha256.New()
+	q.unsure++
 	if withLast {
 		q.sum.Write([]byte{q.last})
 	}

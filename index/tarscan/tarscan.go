@@ -115,6 +115,7 @@ func Scan(r io.Reader, c Compression, sink Sink, o Options) (*index.Layer, Resul
 		}
 	}
 	sp := newSpans(ctx, c, o)
+	s.named = func(n int64) { sp.named.Add(n) }
 	var res Result
 	tarBufs := start(g, ctx, r, c, sp, &res)
 	g.Go(func() error {
@@ -151,6 +152,7 @@ type scanner struct {
 	b       *index.Builder
 	gaps    *skeletonWriter // nil where nobody wants a skeleton
 	passing Passing         // nil where nobody is told
+	named   func(n int64)   // told what a zTOC has for each entry
 	in      *stream
 	proofs  chan proof
 	sparse  int64      // bytes of sparse files so far
@@ -219,6 +221,7 @@ func (s *scanner) scan(bufs <-chan *buffer) error {
 		if err := s.b.Add(e); err != nil {
 			return fmt.Errorf("%.80q: %w", h.Name, err)
 		}
+		s.named(int64(ztocEntry + len(e.Name) + len(e.Link)))
 		if s.passing != nil {
 			if err := s.passing.Entry(e); err != nil {
 				return err
