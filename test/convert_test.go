@@ -82,7 +82,7 @@ func TestConvert(t *testing.T) {
 			t.Run(string(from)+"/"+to, func(t *testing.T) {
 				dst := fmt.Sprintf("%s/to/image:%d", r.rec.Addr(), j)
 				digest := h.convert("--force", "--to", to, "--push", ref, dst)
-				dir := h.ok("mount", dst)
+				dir := h.ok("mount", "--wait", dst)
 				sameTree(t, want, readTree(t, dir))
 				h.ok("umount", dir)
 
@@ -93,7 +93,7 @@ func TestConvert(t *testing.T) {
 				face := faces[(i+j)%len(faces)]
 				other := newHost(t)
 				r.rec.Reset()
-				dir = other.ok("mount", "--face", face, dst)
+				dir = other.ok("mount", "--wait", "--face", face, dst)
 				_, ranges := r.requests(got)
 				lazy := to == "estargz" || to == "zstd:chunked"
 				for _, l := range other.inspect(dir).Layers {
@@ -194,7 +194,7 @@ func TestConvertProfile(t *testing.T) {
 			t.Errorf("a file that nobody named is at %d, the landmark at %d", e.Offset, mark.Offset)
 		}
 	}
-	want := readTree(t, h.ok("mount", ref))
+	want := readTree(t, h.ok("mount", "--wait", ref))
 	sameTree(t, want, readTree(t, h.ok("mount", r.rec.Addr()+"/to/image:1")))
 	// Who knows nothing of the table of contents unpacks the same.
 	unpacked := applied(t, topLayers(t, img, 2)...)
@@ -287,7 +287,7 @@ func TestConvertLatin(t *testing.T) {
 	if res.code != 0 || !strings.Contains(res.err, " stays as it is: ") || !strings.Contains(res.err, "1 layers converted") || !strings.Contains(res.err, "1 kept") {
 		t.Error(res)
 	}
-	dir := h.ok("mount", "app:1")
+	dir := h.ok("mount", "--wait", "app:1")
 	holds(t, filepath.Join(dir, "caf\xe9"), string(content("latin", 5000)))
 	holds(t, filepath.Join(dir, "plain"), string(content("plain", 5000)))
 	h.ok("umount", "-a")
@@ -415,10 +415,10 @@ func TestConvertSparse(t *testing.T) {
 	}
 	_, ref := serve(t, forms.Gzip, raw)
 	h := newHost(t)
-	want := readTree(t, h.ok("mount", ref))
+	want := readTree(t, h.ok("mount", "--wait", ref))
 	for _, to := range targets {
 		h.convert("--force", "--to", to, ref, "app:1")
-		dir := h.ok("mount", "--name", "x", "app:1")
+		dir := h.ok("mount", "--wait", "--name", "x", "app:1")
 		sameTree(t, want, readTree(t, dir))
 		h.ok("umount", "x")
 	}
@@ -431,7 +431,7 @@ func TestConvertElsewhere(t *testing.T) {
 	d := newDistribution(t, false)
 	src := d.put(t, "from/image:1", build(t, forms.Gzip, committable(t)...))
 	h := newHost(t)
-	want := readTree(t, h.ok("mount", src)).roundSeconds()
+	want := readTree(t, h.ok("mount", "--wait", src)).roundSeconds()
 	profile := filepath.Join(h.root, "profile")
 	must(t, os.WriteFile(profile, []byte("still/second\nlinks/two\ndata/move\netc/conf\nopaque/sub/old\n"), 0o644))
 	ctrd, pod := newContainerd(t), podman(t)
