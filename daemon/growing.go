@@ -71,13 +71,14 @@ func (m *mount) grow(t *tree, kind string, n note) error {
 		t.close()
 		return err
 	}
-	ctx, cancel := context.WithCancel(d.life)
+	ctx, fail := context.WithCancelCause(d.life)
+	cancel := func() { fail(nil) }
 	gr := &growth{Served: s, tree: g, cancel: cancel, done: make(chan struct{})}
 	for i, p := range t.passes {
 		if p != nil {
 			p.Watch(func(e index.Entry) {
 				if err := g.Add(i, e); err != nil {
-					cancel() // the tree has failed and says so to all who ask
+					fail(err) // the tree has failed and says so to all who ask
 				}
 			})
 		}
@@ -96,11 +97,9 @@ func (m *mount) grow(t *tree, kind string, n note) error {
 		if err := m.grown(ctx, gr, t, kind); err != nil {
 			g.Fail(err)
 			d.mu.Lock()
-			if m.growth == gr {
+			if m.growth == gr && d.life.Err() == nil {
 				m.err, m.growth = err, nil
-				if m.face == gr {
-					d.log.Error("mount failed: it must be unmounted and made anew", "mount", m.Name, "image", m.Image, "err", err)
-				}
+				d.log.Error("mount failed: it must be unmounted and made anew", "mount", m.Name, "image", m.Image, "err", err)
 			}
 			d.mu.Unlock()
 		}
@@ -121,8 +120,11 @@ func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) erro
 		left++
 		go func() {
 			err := p.Wait(ctx)
-			if err == nil {
+			switch {
+			case err == nil:
 				g.tree.Complete(i)
+			case ctx.Err() != nil:
+				err = context.Cause(ctx) // such as what the tree failed of
 			}
 			finished <- err
 		}()
@@ -152,7 +154,10 @@ func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) erro
 	}
 	go func() { <-g.Served.Done(); old.close() }() // who is in the old mount reads on
 	m.d.log.Info("read whole", "mount", m.Name, "image", m.Image, "face", m.kind, "dur", time.Since(start))
-	return m.save()
+	if err := m.save(); err != nil {
+		m.d.log.Warn("the record of a mount was not brought up to date", "mount", m.Name, "err", err)
+	}
+	return nil
 }
 
 // changeOver puts the face of a mount in the place of what served it while it
