@@ -6,13 +6,11 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
 	"math"
-	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -294,7 +292,7 @@ func again(h *tar.Header) (*tar.Header, error) {
 	for k, v := range h.PAXRecords {
 		// The first describe how the contents lay in the old tar, the others are
 		// written for the fields of the header.
-		if strings.HasPrefix(k, "GNU.sparse.") || strings.HasPrefix(k, libarchiveXattr) {
+		if strings.HasPrefix(k, "GNU.sparse.") || index.IsPAXXattr(k) {
 			continue
 		}
 		if p.PAXRecords == nil {
@@ -302,38 +300,24 @@ func again(h *tar.Header) (*tar.Header, error) {
 		}
 		p.PAXRecords[k] = v
 	}
-	return p, libarchiveXattrs(p, h.PAXRecords)
+	return p, setXattrs(p, h.PAXRecords)
 }
 
-const libarchiveXattr = "LIBARCHIVE.xattr."
-
-// libarchiveXattrs takes over the extended attributes that stand in a header only
-// as libarchive writes them, of which tables of contents know nothing.
-func libarchiveXattrs(p *tar.Header, records map[string]string) error {
-	for k, v := range records {
-		name, ok := strings.CutPrefix(k, libarchiveXattr)
-		if !ok {
-			continue
-		}
-		name, err := url.PathUnescape(name)
-		if err != nil {
-			return fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, k, err)
-		}
-		if _, ok := p.PAXRecords[paxXattr+name]; ok {
-			continue
-		}
-		// libarchive leaves out the padding.
-		value, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "="))
-		switch {
-		case err != nil:
-			return fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, k, err)
-		case strings.ContainsAny(name, "=\x00"):
-			return unfit{fmt.Errorf("the extended attribute %.80q has a name that a PAX header cannot hold", name)}
+// setXattrs writes extended attributes in the one form that tables of contents
+// know, also those that stood in the old header only as libarchive writes them.
+func setXattrs(p *tar.Header, records map[string]string) error {
+	xattrs, err := index.PAXXattrs(records)
+	if err != nil {
+		return err
+	}
+	for _, x := range xattrs {
+		if strings.ContainsAny(x.Name, "=\x00") {
+			return unfit{fmt.Errorf("the extended attribute %.80q has a name that a PAX header cannot hold", x.Name)}
 		}
 		if p.PAXRecords == nil {
 			p.PAXRecords = map[string]string{}
 		}
-		p.PAXRecords[paxXattr+name] = string(value)
+		p.PAXRecords[paxXattr+x.Name] = string(x.Value)
 	}
 	return nil
 }

@@ -1,9 +1,7 @@
 package soci
 
 import (
-	"encoding/base64"
 	"fmt"
-	"net/url"
 	"strings"
 	"time"
 
@@ -181,78 +179,40 @@ func (r *reader) time(s string) (seconds int64, nanos uint32, err error) {
 }
 
 const (
-	schily     = "SCHILY.xattr."
-	libarchive = "LIBARCHIVE.xattr."
 	sparse     = "GNU.sparse."
-
 	maxRecords = 4 * index.MaxXattrs // bytes of an entry's PAX records that are extended attributes, encoded
 )
 
-// xattrs reads the extended attributes in both forms in which PAX headers hold
-// them. bsdtar writes both; the one that needs no decoding is believed.
+// xattrs reads the extended attributes among an entry's PAX records.
 func (r *reader) xattrs(list *vector) ([]index.Xattr, error) {
 	if r.records -= list.n; r.records < 0 {
 		return nil, fmt.Errorf("%w: more PAX records than there is room for", index.ErrMalformed)
 	}
-	var plain, encoded map[string]string // aliases of the zTOC
+	var records map[string]string // aliases of the zTOC
 	total := 0
-	set := func(m *map[string]string, name, value string) error {
-		if total += len(name) + len(value); total > maxRecords {
-			return fmt.Errorf("%w: more than %d bytes of extended attributes", index.ErrMalformed, maxRecords)
-		}
-		if *m == nil {
-			*m = map[string]string{}
-		}
-		(*m)[name] = value
-		return nil
-	}
 	for i := range list.n {
 		t := list.table(i)
 		k, err := r.text(&t, paxKey)
 		if err != nil {
 			return nil, err
 		}
-		m := &plain
-		name, ok := strings.CutPrefix(k, schily)
-		if !ok {
-			m = &encoded
-			name, ok = strings.CutPrefix(k, libarchive)
-		}
-		switch {
-		case strings.HasPrefix(k, sparse):
+		if strings.HasPrefix(k, sparse) {
 			return nil, fmt.Errorf("%w: sparse, which no zTOC can say", index.ErrMalformed)
-		case !ok:
+		}
+		if !index.IsPAXXattr(k) {
 			continue
 		}
 		v, err := r.text(&t, paxValue)
 		if err != nil {
 			return nil, err
 		}
-		if err := set(m, name, v); err != nil {
-			return nil, err
+		if total += len(k) + len(v); total > maxRecords {
+			return nil, fmt.Errorf("%w: more than %d bytes of extended attributes", index.ErrMalformed, maxRecords)
 		}
-	}
-	if plain == nil && encoded == nil {
-		return nil, nil
-	}
-	all := make(map[string]string, len(plain)+len(encoded))
-	for k, v := range plain {
-		all[strings.Clone(k)] = v
-	}
-	for k, v := range encoded {
-		name, err := url.PathUnescape(k)
-		if err != nil {
-			return nil, fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, libarchive+k, err)
+		if records == nil {
+			records = map[string]string{}
 		}
-		if _, ok := plain[name]; ok {
-			continue
-		}
-		// libarchive leaves out the padding.
-		value, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "="))
-		if err != nil {
-			return nil, fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, libarchive+k, err)
-		}
-		all[strings.Clone(name)] = string(value)
+		records[k] = v
 	}
-	return index.SortXattrs(all)
+	return index.PAXXattrs(records)
 }

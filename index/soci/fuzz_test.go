@@ -15,7 +15,7 @@ func FuzzRead(f *testing.F) {
 	f.Add(d.bytes(), d.blob)
 	// A small one: a span of the first layout, whose only point is not in it.
 	d.points, d.have, d.last, d.digests = nil, 1, 0, d.digests[:1]
-	d.files[0].pax = []string{schily + "user.x", "1", libarchive + "user.y", "AP8"}
+	d.files[0].pax = []string{"SCHILY.xattr.user.x", "1", "LIBARCHIVE.xattr.user.y", "AP8"}
 	f.Add(d.bytes(), d.blob)
 	d = plainDoc(4096, 1000, 5)
 	f.Add(d.bytes(), d.blob)

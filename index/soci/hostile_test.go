@@ -58,7 +58,7 @@ func (d doc) bytes() []byte {
 	w := &writer{Builder: flatbuffers.NewBuilder(1024)}
 	var pax flatbuffers.UOffsetT
 	if d.sharedPAX > 0 {
-		k, v := w.CreateString(schily+"user.x"), w.CreateString("v")
+		k, v := w.CreateString("SCHILY.xattr.user.x"), w.CreateString("v")
 		w.StartObject(paxFields)
 		w.PrependUOffsetTSlot(paxKey, k, 0)
 		w.PrependUOffsetTSlot(paxValue, v, 0)
@@ -253,11 +253,11 @@ func TestHostile(t *testing.T) {
 		"size overflows":       func(d *doc) { d.files[0].size = math.MaxInt64 },
 		"directory past tar":   func(d *doc) { d.files[2].off = 4097 },
 		"sparse":               func(d *doc) { d.files[0].pax = []string{sparse + "major", "1"} },
-		"libarchive value":     func(d *doc) { d.files[0].pax = []string{libarchive + "user.x", "!"} },
-		"libarchive name":      func(d *doc) { d.files[0].pax = []string{libarchive + "user.%zz", "AAAA"} },
-		"long attribute name":  func(d *doc) { d.files[0].pax = []string{schily + strings.Repeat("x", 256), "1"} },
-		"long attribute":       func(d *doc) { d.files[0].pax = []string{schily + "user.x", strings.Repeat("x", 1<<16)} },
-		"nameless attribute":   func(d *doc) { d.files[0].pax = []string{schily, "1"} },
+		"libarchive value":     func(d *doc) { d.files[0].pax = []string{"LIBARCHIVE.xattr.user.x", "!"} },
+		"libarchive name":      func(d *doc) { d.files[0].pax = []string{"LIBARCHIVE.xattr.user.%zz", "AAAA"} },
+		"long attribute name":  func(d *doc) { d.files[0].pax = []string{"SCHILY.xattr." + strings.Repeat("x", 256), "1"} },
+		"long attribute":       func(d *doc) { d.files[0].pax = []string{"SCHILY.xattr.user.x", strings.Repeat("x", 1<<16)} },
+		"nameless attribute":   func(d *doc) { d.files[0].pax = []string{"SCHILY.xattr.", "1"} },
 		"many long attributes": func(d *doc) { d.files[0].pax = manyXattrs(20, 60_000) },
 		"shared PAX records":   func(d *doc) { d.sharedPAX, d.files = 1<<16, manyFiles(d, 1000) },
 		"shared span digests":  func(d *doc) { d.sharedDigests = 1<<16 - 2; d.last, d.have = 1<<16-1, 1<<16 },
@@ -291,7 +291,7 @@ func TestHostile(t *testing.T) {
 
 func manyXattrs(n, size int) (pax []string) {
 	for i := range n {
-		pax = append(pax, fmt.Sprintf("%suser.%d", schily, i), strings.Repeat("x", size))
+		pax = append(pax, fmt.Sprintf("SCHILY.xattr.user.%d", i), strings.Repeat("x", size))
 	}
 	return pax
 }
@@ -308,7 +308,7 @@ func manyFiles(d *doc, n int) (files []docFile) {
 func TestTruncated(t *testing.T) {
 	d := sound()
 	d.points = d.points[1:]
-	d.files[0].pax = []string{schily + "user.x", "1"}
+	d.files[0].pax = []string{"SCHILY.xattr.user.x", "1"}
 	raw := d.bytes()
 	try := func(b []byte) {
 		l, err := Read(b, d.blob)

@@ -61,7 +61,8 @@ func TestPoints(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		state := bytes.TrimLeft(want.State, "\x00")
+		state := make([]byte, min(windowSize, want.Out)) // whole: its zeroes may be the layer's
+		copy(state[len(state)-len(want.State):], want.State)
 		if got.In != want.In || got.Out != want.Out || got.Bits != want.Bits || got.Digest != want.Digest || !bytes.Equal(got.State, state) {
 			t.Errorf("point %d differs", i)
 		}

@@ -2,10 +2,8 @@ package tarscan
 
 import (
 	"archive/tar"
-	"encoding/base64"
 	"fmt"
 	"math"
-	"net/url"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -27,7 +25,7 @@ func convert(h *tar.Header) (index.Entry, error) {
 	// Unix rounds down and Nanosecond counts up, before 1970 as well.
 	e.Mtime, e.MtimeNs = h.ModTime.Unix(), uint32(h.ModTime.Nanosecond())
 	e.Mode = uint32(h.Mode) & 0o7777
-	if e.Xattrs, err = xattrs(h.PAXRecords); err != nil {
+	if e.Xattrs, err = index.PAXXattrs(h.PAXRecords); err != nil {
 		return e, fmt.Errorf("%.80q: %w", h.Name, err)
 	}
 	switch h.Typeflag {
@@ -59,48 +57,6 @@ func convert(h *tar.Header) (index.Entry, error) {
 		}
 	}
 	return e, nil
-}
-
-const (
-	schily     = "SCHILY.xattr."
-	libarchive = "LIBARCHIVE.xattr."
-)
-
-// xattrs reads both forms in which PAX headers hold extended attributes. bsdtar
-// writes both; the one that needs no decoding is believed.
-func xattrs(records map[string]string) ([]index.Xattr, error) {
-	var m map[string]string
-	set := func(name, value string) {
-		if m == nil {
-			m = map[string]string{}
-		}
-		m[name] = value
-	}
-	for k, v := range records {
-		if name, ok := strings.CutPrefix(k, schily); ok {
-			set(name, v)
-		}
-	}
-	for k, v := range records {
-		name, ok := strings.CutPrefix(k, libarchive)
-		if !ok {
-			continue
-		}
-		name, err := url.PathUnescape(name)
-		if err != nil {
-			return nil, fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, k, err)
-		}
-		if _, ok := m[name]; ok {
-			continue
-		}
-		// libarchive leaves out the padding.
-		value, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "="))
-		if err != nil {
-			return nil, fmt.Errorf("%w: PAX record %.80q: %w", index.ErrMalformed, k, err)
-		}
-		set(name, string(value))
-	}
-	return index.SortXattrs(m)
 }
 
 // isSparse reports whether archive/tar gives more bytes than the tar holds.
