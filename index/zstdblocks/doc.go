@@ -45,7 +45,7 @@
 //	zstd -19            8 MiB   2.9  2.4  2.0     6.0  2.8   1.2   (32 MiB: 0.44)
 //
 // Without points it is 1.0. In time: the decompressor takes 1.0 to 1.5 ms for a
-// MiB, points add 0.5 to 2. A point is resumed from, to the first byte, in 1 to 8
+// MiB, points add 0.5 to 3. A point is resumed from, to the first byte, in 1 to 8
 // ms on average.
 //
 // Whole windows need no marks, but at 0.6 MB for 2 MiB and 2.4 MB for 8 MiB,
