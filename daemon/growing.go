@@ -34,6 +34,22 @@ func (g *growth) Unmount(lazy bool) error {
 	return err
 }
 
+// moment is how long a mount waits for layers that are read whole: a small image
+// is then mounted as what it is at once.
+const moment = 200 * time.Millisecond
+
+// soon reports whether the layers that are read are all here in a moment.
+func (t *tree) soon(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, moment)
+	defer cancel()
+	for _, p := range t.passes {
+		if p != nil && p.Wait(ctx) != nil {
+			return false
+		}
+	}
+	return true
+}
+
 // grow mounts t, of which layers are still read.
 func (m *mount) grow(t *tree, kind string, n note) error {
 	d := m.d

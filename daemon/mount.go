@@ -101,8 +101,14 @@ func (m *mount) up(ctx context.Context, n note) error {
 	if err != nil {
 		return err
 	}
-	if t.passes != nil {
+	if t.passes != nil && !t.soon(ctx) {
 		return m.grow(t, kind, n)
+	}
+	if t.passes != nil {
+		t.close()
+		if t, err = m.d.open(ctx, o, n); err != nil {
+			return err
+		}
 	}
 	var f face
 	if m.RW {
