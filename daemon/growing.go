@@ -38,16 +38,22 @@ func (g *growth) Unmount(lazy bool) error {
 // is then mounted as what it is at once.
 const moment = 200 * time.Millisecond
 
-// soon reports whether the layers that are read are all here in a moment.
-func (t *tree) soon(ctx context.Context) bool {
+// soon reports whether the layers that are read are all here in a moment, or what
+// went wrong with one.
+func (t *tree) soon(ctx context.Context) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, moment)
 	defer cancel()
 	for _, p := range t.passes {
-		if p != nil && p.Wait(ctx) != nil {
-			return false
+		if p == nil {
+			continue
+		}
+		if err := p.Wait(ctx); ctx.Err() != nil {
+			return false, nil
+		} else if err != nil {
+			return false, err
 		}
 	}
-	return true
+	return true, nil
 }
 
 // grow mounts t, of which layers are still read.

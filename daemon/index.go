@@ -128,7 +128,7 @@ func (d *Daemon) share(ctx context.Context, im *resolved, i int, o IndexOptions,
 	if err != nil {
 		return nil, err
 	}
-	q.Index = "none"
+	q.Index, q.Find = "", nil // it is to have an index of its own
 	if o.SpanSize > 0 {
 		return d.fetcher.Index(ctx, q, o.SpanSize)
 	}

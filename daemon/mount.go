@@ -101,11 +101,18 @@ func (m *mount) up(ctx context.Context, n note) error {
 	if err != nil {
 		return err
 	}
-	if t.passes != nil && !t.soon(ctx) {
-		return m.grow(t, kind, n)
-	}
 	if t.passes != nil {
+		soon, err := t.soon(ctx)
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err == nil && !soon {
+			return m.grow(t, kind, n)
+		}
 		t.close()
+		if err != nil {
+			return err
+		}
 		if t, err = m.d.open(ctx, o, n); err != nil {
 			return err
 		}
