@@ -126,3 +126,18 @@ func FuzzParseManifest(f *testing.F) {
 		}
 	})
 }
+
+// An index of SOCI v2 lies in the list beside the image and has its platform.
+func TestListWithArtifacts(t *testing.T) {
+	match, err := newMatcher("linux/amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	amd64 := &ocispec.Platform{OS: "linux", Architecture: "amd64"}
+	soci := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: "application/vnd.amazon.soci.index.v2+json", Digest: digest.FromString("index"), Platform: amd64}
+	want := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: ocispec.MediaTypeImageConfig, Digest: digest.FromString("image"), Platform: amd64}
+	got, err := match.choose([]ocispec.Descriptor{soci, want})
+	if err != nil || got.Digest != want.Digest {
+		t.Errorf("chose %v, %v", got, err)
+	}
+}

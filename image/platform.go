@@ -52,7 +52,7 @@ func (m matcher) choose(entries []ocispec.Descriptor) (ocispec.Descriptor, error
 	var have []string
 	for _, e := range entries {
 		switch {
-		case isAttestation(e), !isManifest(e.MediaType) && !isList(e.MediaType):
+		case isAttestation(e), isArtifact(e), !isManifest(e.MediaType) && !isList(e.MediaType):
 		case e.Platform == nil || e.Platform.OS == "" && e.Platform.Architecture == "":
 			bare = append(bare, e)
 		default:
@@ -83,6 +83,12 @@ func (m matcher) choose(entries []ocispec.Descriptor) (ocispec.Descriptor, error
 		return ocispec.Descriptor{}, fmt.Errorf("the manifest list names no platform, ask for one manifest by its digest")
 	}
 	return ocispec.Descriptor{}, fmt.Errorf("there is none for %s, only for %s", m.asked, strings.Join(have, ", "))
+}
+
+// isArtifact tells what lies beside an image in its list and says its platform, as
+// an index of SOCI v2 does, from the image.
+func isArtifact(d ocispec.Descriptor) bool {
+	return d.ArtifactType != "" && d.ArtifactType != ocispec.MediaTypeImageConfig && d.ArtifactType != MediaTypeDockerConfig
 }
 
 func isAttestation(d ocispec.Descriptor) bool {
