@@ -120,7 +120,7 @@ func (m *mount) grow(t *tree, kind string, n note) error {
 			g.Fail(err)
 			d.mu.Lock()
 			if m.growth == gr && d.life.Err() == nil {
-				m.err, m.growth = err, nil
+				m.err = err
 				d.log.Error("mount failed: it must be unmounted and made anew", "mount", m.Name, "image", m.Image, "err", err)
 			}
 			d.mu.Unlock()
@@ -210,7 +210,8 @@ func (t *tree) keys() []string {
 	return keys
 }
 
-// whole waits until no layer of the mount is read any more.
+// whole waits until no layer of the mount is read any more, and fails where one
+// could not be.
 func (m *mount) whole(ctx context.Context) error {
 	m.d.mu.Lock()
 	g := m.growth
@@ -220,10 +221,19 @@ func (m *mount) whole(ctx context.Context) error {
 	}
 	select {
 	case <-g.done:
-		return nil
 	case <-ctx.Done():
-		return ctx.Err()
 	}
+	m.d.mu.Lock()
+	defer m.d.mu.Unlock()
+	switch {
+	case m.growth != g: // it is what it will be, or was unmounted
+		return nil
+	case m.err != nil:
+		return fmt.Errorf("mount %q: %w", m.Name, m.err)
+	case m.d.life.Err() != nil:
+		return fmt.Errorf("mount %q: the daemon was stopped while layers were read", m.Name)
+	}
+	return ctx.Err()
 }
 
 var _ fs.Data = (*fetch.Pass)(nil)

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
@@ -87,7 +88,12 @@ func (d *Daemon) Index(ctx context.Context, o IndexOptions, n note) (*Indexed, e
 			continue
 		}
 		eg.Go(func() (err error) {
-			if made[i], err = d.share(ectx, im, i, o, n); err != nil {
+			made[i], err = d.share(ectx, im, i, o, n)
+			if errors.Is(err, index.ErrUnshared) {
+				il.Left, made[i] = "it has sparse files, which no index can say", nil
+				return nil
+			}
+			if err != nil {
 				return err
 			}
 			s := made[i]

@@ -66,12 +66,17 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 		return nil, err
 	}
 	again := m.Unmounted
-	if err = m.up(ctx, n); err == nil {
+	err = m.up(ctx, n)
+	d.mu.Lock()
+	switch {
+	case err != nil:
+	case m.tree == nil:
+		err = errors.New("it was unmounted at once")
+	default:
 		m.Target, m.Unmounted = m.tree.manifest.Target.String(), nil
 		m.Keys = m.tree.keys()
 		err = m.save()
 	}
-	d.mu.Lock()
 	if err != nil {
 		m.down(true)
 		m.Unmounted = again
@@ -85,7 +90,7 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 	}
 	v := m.view(true)
 	d.mu.Unlock()
-	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", m.kind, "overlay", m.overlay, "dur", time.Since(start))
+	d.log.Info("mounted", "mount", m.Name, "image", m.Image, "dir", m.Dir, "face", v.Face, "overlay", v.Overlay, "dur", time.Since(start))
 	return &v, nil
 }
 
@@ -371,6 +376,9 @@ func (m *mount) view(layers bool) Mount {
 			l = passOf(t.passes[i])
 		} else {
 			l = layerOf(h)
+			if err := h.Ensure(0, 0); err != nil { // its index was refused
+				v.State, v.Error = "failed", err.Error()
+			}
 		}
 		l.MediaType = t.manifest.Layers[i].MediaType
 		v.Size += l.Size

@@ -39,9 +39,16 @@ func zst(t testing.TB, p []byte) []byte {
 	return w.EncodeAll(p, nil)
 }
 
+// deflate gives what follows the header of a gzip member.
+func deflate(t testing.TB, p []byte) []byte { return gz(t, p)[10:] }
+
 func raw(_ testing.TB, p []byte) []byte { return p }
 
-var packers = map[index.Kind]func(testing.TB, []byte) []byte{index.Raw: raw, index.Gzip: gz, index.Zstd: zst}
+// packers make frames that begin by themselves, or at a point that nothing need be
+// known of.
+var packers = map[index.Kind]func(testing.TB, []byte) []byte{
+	index.Raw: raw, index.Gzip: gz, index.Zstd: zst, index.Deflate: deflate, index.Blocks: zst,
+}
 
 // packed gives what is plain as a frame of every kind.
 func packed(t testing.TB, plain []byte) map[index.Kind][]byte {
@@ -106,7 +113,7 @@ func TestDecode(t *testing.T) {
 			t.Run(name+"/"+kind.String(), func(t *testing.T) {
 				for _, r := range []io.Reader{bytes.NewReader(blob), trickle{bytes.NewReader(blob)}} {
 					f := target(t)
-					if err := decode(r, kind, slices.Clone(ps), f); err != nil {
+					if _, err := decode(r, kind, index.Point{}, slices.Clone(ps), f); err != nil {
 						t.Fatal(err)
 					}
 					for _, p := range ps {
@@ -160,7 +167,7 @@ func TestDecodeRefuses(t *testing.T) {
 				if want == nil && kind == index.Raw {
 					want = ErrVerify
 				}
-				err := decode(bytes.NewReader(blob), kind, test.pieces, target(t))
+				_, err := decode(bytes.NewReader(blob), kind, index.Point{}, test.pieces, target(t))
 				if want == nil {
 					if err != nil && !errors.Is(err, ErrVerify) {
 						t.Errorf("got %v", err)
@@ -176,16 +183,16 @@ func TestDecodeRefuses(t *testing.T) {
 	} {
 		f := target(t)
 		p := piece(0, 0, plain[:100])
-		if err := decode(bytes.NewReader(blob), kind, []index.Piece{p}, f); err != nil || !bytes.Equal(at(t, f, p), plain[:100]) {
+		if _, err := decode(bytes.NewReader(blob), kind, index.Point{}, []index.Piece{p}, f); err != nil || !bytes.Equal(at(t, f, p), plain[:100]) {
 			t.Errorf("%v with trailing data: %v", kind, err)
 		}
 		p = piece(0, 100, []byte("trailing"))
-		if err := decode(bytes.NewReader(blob), kind, []index.Piece{p}, f); !errors.Is(err, ErrVerify) {
+		if _, err := decode(bytes.NewReader(blob), kind, index.Point{}, []index.Piece{p}, f); !errors.Is(err, ErrVerify) {
 			t.Errorf("%v: the trailing data was read: %v", kind, err)
 		}
 	}
 	for _, kind := range []index.Kind{0, index.Stream, 9} {
-		if err := decode(bytes.NewReader(plain), kind, []index.Piece{piece(0, 0, plain[:1])}, target(t)); err == nil {
+		if _, err := decode(bytes.NewReader(plain), kind, index.Point{}, []index.Piece{piece(0, 0, plain[:1])}, target(t)); err == nil {
 			t.Errorf("a frame of %v was read", kind)
 		}
 	}
@@ -205,7 +212,7 @@ func TestDecodeCorrupt(t *testing.T) {
 			}
 			bad := slices.Clone(blob)
 			bad[i/8] ^= 1 << (i % 8)
-			err := decode(bytes.NewReader(bad), kind, ps, f)
+			_, err := decode(bytes.NewReader(bad), kind, index.Point{}, ps, f)
 			if err != nil && !errors.Is(err, ErrVerify) {
 				t.Fatalf("%v, bit %d: %v", kind, i, err)
 			}
@@ -237,7 +244,7 @@ func TestDecodeDiskFails(t *testing.T) {
 	plain := noise(wholePiece+2*blockSize, 1)
 	for _, p := range []index.Piece{piece(0, 0, plain[:100]), piece(0, 0, plain)} {
 		for kind, pack := range packers {
-			err := decode(bytes.NewReader(pack(t, plain)), kind, []index.Piece{p}, brokenDisk{p.Size / 2})
+			_, err := decode(bytes.NewReader(pack(t, plain)), kind, index.Point{}, []index.Piece{p}, brokenDisk{p.Size / 2})
 			if !errors.Is(err, errDisk) || errors.Is(err, ErrVerify) {
 				t.Errorf("%v, %d bytes: %v", kind, p.Size, err)
 			}
@@ -257,14 +264,15 @@ func FuzzDecode(f *testing.F) {
 		if i1 < 0 || i2 < 0 || n1 <= 0 || n2 <= 0 || n1 > 1<<24 || n2 > 1<<24 || i1 > 1<<30 || i2 > 1<<30 {
 			return
 		}
-		ps := []index.Piece{{Inner: i1, Size: n1}, {Data: n1, Inner: i2, Size: n2}}
+		none := [sha256.Size]byte{1} // that of nothing
+		ps := []index.Piece{{Inner: i1, Size: n1, Digest: none}, {Data: n1, Inner: i2, Size: n2, Digest: none}}
 		if i1+n1 <= int64(len(plain)) {
 			ps[0].Digest = sha256.Sum256(plain[i1 : i1+n1])
 		}
 		if i2+n2 <= int64(len(plain)) {
 			ps[1].Digest = sha256.Sum256(plain[i2 : i2+n2])
 		}
-		if err := decode(bytes.NewReader(blob), index.Kind(kind), ps, out); err != nil {
+		if _, err := decode(bytes.NewReader(blob), index.Kind(kind), index.Point{}, ps, out); err != nil {
 			return
 		}
 		for _, p := range ps {

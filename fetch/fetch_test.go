@@ -368,17 +368,18 @@ func TestOffline(t *testing.T) {
 // can bring. What the file system had in their place must not shine through
 // where the pass skips zeroes.
 func TestStreamedFramesComeBack(t *testing.T) {
-	for _, form := range []forms.Form{forms.Gzip, forms.Zstd} {
-		t.Run(string(form), func(t *testing.T) {
-			l := makeLayer(t, form, files())
+	for name, pack := range map[string]func(testing.TB, []byte) []byte{"tar": raw, "gzip": gz, "zstd": zst} {
+		t.Run(name, func(t *testing.T) {
+			l := packLayer(t, sparseTar(sparseFiles()), sparseFiles(), pack)
 			s := serve(t, l)
 			m := on(t, t.TempDir(), quick)
 			h := m.open(t, l, s.origin(l))
 			s.Reset()
 			frames, _, _ := h.frames.Len()
+			streamed := 0
 			for i := range frames {
-				if h.frames.Frame(i).Kind != index.Stream {
-					t.Fatalf("frame %d is %v", i, h.frames.Frame(i).Kind)
+				if h.frames.Frame(i).Kind == index.Stream {
+					streamed++
 				}
 				for _, p := range h.frames.FramePieces(i) {
 					if _, err := h.data.File().WriteAt(noise(int(p.Size), 77), p.Data); err != nil {
@@ -387,7 +388,10 @@ func TestStreamedFramesComeBack(t *testing.T) {
 				}
 				h.data.Drop(i)
 			}
-			checkFile(t, h, find(t, l, "holed"))
+			if streamed < 2 || streamed == frames {
+				t.Fatalf("%d of %d frames are streamed", streamed, frames)
+			}
+			checkFile(t, h, find(t, l, "sparse2"))
 			checkAll(t, h, l)
 			if diff := cmp.Diff([]string{asked(0, l.Size)}, s.ranges()); diff != "" {
 				t.Error(diff)
@@ -398,18 +402,48 @@ func TestStreamedFramesComeBack(t *testing.T) {
 			for i := range frames {
 				h.data.Drop(i)
 			}
-			keep := entry(t, h, "last")
+			keep := entry(t, h, "plain3")
 			k, _ := h.frames.PiecesIn(keep.Data, 1)
 			h.data.SetPresent(h.frames.FrameOf(k))
 			s.always(link.Fault{Corrupt: 10})
-			_, err := content(h, entry(t, h, "big"))
+			_, err := content(h, entry(t, h, "sparse1"))
 			if !errors.Is(err, ErrVerify) && !errors.Is(err, index.ErrMalformed) {
 				t.Errorf("got %v", err)
 			}
 			if h.data.Missing() != frames-1 {
 				t.Errorf("%d of %d frames are missing", h.data.Missing(), frames)
 			}
-			checkFile(t, h, find(t, l, "last"))
+			checkFile(t, h, find(t, l, "plain3"))
+		})
+	}
+}
+
+// TestHolesComeBack drops frames of a layer that was read whole. A read of one
+// file asks for its frame, and what the file system had in its place does not
+// shine through the file's zeroes.
+func TestHolesComeBack(t *testing.T) {
+	for _, form := range streamedForms() {
+		t.Run(string(form), func(t *testing.T) {
+			l := makeLayer(t, form, files())
+			s := serve(t, l)
+			m := on(t, t.TempDir(), quick)
+			h := m.open(t, l, s.origin(l))
+			s.Reset()
+			frames, _, _ := h.frames.Len()
+			for i := range frames {
+				for _, p := range h.frames.FramePieces(i) {
+					if _, err := h.data.File().WriteAt(noise(int(p.Size), 77), p.Data); err != nil {
+						t.Fatal(err)
+					}
+				}
+				h.data.Drop(i)
+			}
+			want := span(t, h, "holed")
+			checkFile(t, h, find(t, l, "holed"))
+			if diff := cmp.Diff([]string{want}, s.ranges()); diff != "" {
+				t.Error(diff)
+			}
+			checkAll(t, h, l)
 		})
 	}
 }

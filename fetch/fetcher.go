@@ -42,6 +42,7 @@ type Fetcher struct {
 	m        *metrics.Metrics
 	log      *slog.Logger
 	patience Patience
+	atLeast  int64         // see Config
 	cpu      chan struct{} // one token for each core that decompresses
 	opening  singleflight.Group
 
@@ -63,12 +64,15 @@ type Config struct {
 	Metrics  *metrics.Metrics
 	Log      *slog.Logger
 	Patience Patience
+	// AtLeast is how many bytes of a blob a miss brings at least, where its frames
+	// are parts of a stream; 0 for what suits a slow link, less for one frame.
+	AtLeast int64
 }
 
 // New gives a Fetcher. Close it.
 func New(c Config) *Fetcher {
 	f := &Fetcher{
-		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience,
+		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience, atLeast: c.AtLeast,
 		cpu: make(chan struct{}, runtime.GOMAXPROCS(0)), turns: newTurns(), layers: map[string]*Layer{}, passes: map[string]*Pass{},
 	}
 	f.opened.Go(f.openAll)
@@ -151,8 +155,12 @@ func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
 		if q.Progress != nil {
 			q.Progress("%.19s: done", q.Digest)
 		}
-		if h, err = f.acquire(key, q); !errors.Is(err, store.ErrNotFound) {
-			return h, err
+		h, err = f.acquire(key, q)
+		if err == nil {
+			return h, nil
+		}
+		if !errors.Is(err, store.ErrNotFound) {
+			return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
 		}
 	}
 }
@@ -161,7 +169,10 @@ func (f *Fetcher) Open(ctx context.Context, q Request) (*Handle, error) {
 // gives the pass instead.
 func (f *Fetcher) Start(ctx context.Context, q Request) (*Handle, *Pass, error) {
 	h, p, err := f.start(ctx, q)
-	if err != nil && !strings.HasPrefix(err.Error(), "layer ") {
+	for err == errKept {
+		h, p, err = f.start(ctx, q)
+	}
+	if err != nil {
 		err = fmt.Errorf("layer %.19s: %w", q.Digest, err)
 	}
 	return h, p, err
@@ -235,18 +246,18 @@ func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := q.checkDiffID(l.About().DiffID); err != nil {
-		return nil, fmt.Errorf("layer %.19s: %w", q.Digest, err)
-	}
 	h := &Handle{Layer: l, blob: q.Blob, diffID: q.DiffID}
 	if q.Blob != nil {
 		l.mu.Lock()
 		clear(l.failed) // this one may have what the others had not
 		l.sources = append(l.sources, h)
-		if l.Whole() {
-			l.proveSoon()
-		}
+		l.proveSoon()
 		l.mu.Unlock()
+	}
+	// Only now: who proves the layer asks those that have it open.
+	if err := q.checkDiffID(l.About().DiffID); err != nil {
+		h.Close()
+		return nil, err
 	}
 	return h, nil
 }
@@ -263,6 +274,9 @@ func (f *Fetcher) resident(key string) (*Layer, error) {
 	}
 	l, err := f.load(key)
 	if err == nil {
+		if p := f.passes[key]; p != nil {
+			p.kept(l)
+		}
 		f.layers[key] = l
 	}
 	return l, err
@@ -310,7 +324,10 @@ func (f *Fetcher) Close() error {
 // load opens a layer of the store. One that is damaged counts as not found, so
 // that it is made again.
 func (f *Fetcher) load(key string) (*Layer, error) {
-	digest, _, _ := strings.Cut(key, "+")
+	digest, _, indexed := strings.Cut(key, "+")
+	if indexed && f.store.Refused(key) {
+		return nil, errors.Join(store.ErrNotFound, f.store.Remove(key))
+	}
 	l := &Layer{f: f, Key: key, Digest: digest, flights: map[int]*flight{}, failed: map[int]failure{}}
 	err := l.documents()
 	if err != nil {
@@ -363,6 +380,7 @@ func (l *Layer) documents() error {
 	}
 	l.about.Store(about)
 	l.byFrame = about.ByFrame
+	l.group, l.hollows = l.grouping(l.f.atLeast), l.countHollow()
 	l.data, err = l.f.store.Open(l.Key, size, n)
 	return err
 }
@@ -427,6 +445,8 @@ func (f *Fetcher) copyLocal(to *Layer, p *index.Piece) bool {
 // give copies a piece that l holds into another layer's data file, verified on
 // the way as if it came from the network.
 func (l *Layer) give(p *index.Piece, to *Layer) bool {
+	l.gate.RLock()
+	defer l.gate.RUnlock()
 	own, ok := l.frames.Find(p.Digest)
 	if !ok || own.Size != p.Size || !l.data.Present(own.Frame) {
 		return false

@@ -67,7 +67,8 @@ func (f *Fetcher) found(ctx context.Context, q Request) (*Handle, *refusal, erro
 			continue
 		}
 		h, err := f.acquire(key, q)
-		if errors.Is(err, store.ErrNotFound) {
+		unseen := errors.Is(err, store.ErrNotFound)
+		if unseen {
 			if q.Blob == nil {
 				continue
 			}
@@ -78,7 +79,7 @@ func (f *Fetcher) found(ctx context.Context, q Request) (*Handle, *refusal, erro
 			return h, nil, nil
 		case ctx.Err() != nil:
 			return nil, nil, ctx.Err()
-		case errors.Is(err, index.ErrMalformed), errors.Is(err, ErrVerify):
+		case unseen && (errors.Is(err, index.ErrMalformed) || errors.Is(err, ErrVerify)):
 			f.m.VerifyFailures.WithLabelValues("index").Inc()
 			if err := f.store.Refuse(key); err != nil {
 				return nil, nil, err

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/varvefs/varve/bench/forms"
 	"github.com/varvefs/varve/bench/link"
@@ -121,6 +123,16 @@ func makeChunked(t testing.TB, form forms.Form, fs []file, size int) *layer {
 	}
 }
 
+// packLayer makes a layer of a tar, compressed as a whole.
+func packLayer(t testing.TB, tarball []byte, fs []file, pack func(testing.TB, []byte) []byte) *layer {
+	t.Helper()
+	blob := pack(t, tarball)
+	return &layer{
+		Request: Request{Digest: fmt.Sprintf("sha256:%x", sha256.Sum256(blob)), Size: int64(len(blob))},
+		diffID:  fmt.Sprintf("sha256:%x", sha256.Sum256(tarball)), blob: blob, files: fs,
+	}
+}
+
 func readLayer(l v1.Layer) ([]byte, error) {
 	rc, err := l.Compressed()
 	if err != nil {
@@ -212,7 +224,29 @@ var hasty = Patience{Stall: 50 * time.Millisecond, Total: 200 * time.Millisecond
 
 type machine struct {
 	*Fetcher
-	dir string
+	dir    string
+	counts *prometheus.Registry
+}
+
+// count gives the sum of a metric over its labels, or of the one with this value.
+func (m *machine) count(t testing.TB, name, value string) (n int) {
+	t.Helper()
+	all, err := m.counts.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		for _, c := range f.GetMetric() {
+			wanted := value == ""
+			for _, l := range c.GetLabel() {
+				wanted = wanted || l.GetValue() == value
+			}
+			if wanted && f.GetName() == "varve_"+name {
+				n += int(c.GetCounter().GetValue())
+			}
+		}
+	}
+	return n
 }
 
 // on makes a Fetcher of the store in dir and closes it at the end.
@@ -222,13 +256,14 @@ func on(t testing.TB, dir string, p Patience) *machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := New(Config{Store: st, Metrics: metrics.New(nil), Log: slog.New(slog.DiscardHandler), Patience: p})
+	reg := prometheus.NewRegistry()
+	f := New(Config{Store: st, Metrics: metrics.New(reg), Log: slog.New(slog.DiscardHandler), Patience: p, AtLeast: -1})
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return &machine{f, dir}
+	return &machine{f, dir, reg}
 }
 
 func (m *machine) close(t testing.TB) {

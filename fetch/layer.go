@@ -44,6 +44,8 @@ type Layer struct {
 	frames  *index.Frames
 	points  *index.Points // nil where no frame needs one
 	byFrame bool          // see About
+	group   int           // how many frames are fetched at once
+	hollows int           // frames without contents, of a layer that is not proven
 	maps    [][]byte      // the mappings that frames and points read from
 	data    *store.Data
 	wrong   atomic.Pointer[error] // why nothing of it may be read any more
@@ -52,11 +54,14 @@ type Layer struct {
 	cancel  context.CancelFunc
 	runs    sync.WaitGroup
 
-	// gates are held by who reads the data file, and all of them by who drops
-	// frames: the first is the layer's own, the others those of its passes.
+	// Gates are held by who reads the data file, and all of them by who drops
+	// frames: the layer's own, and those of its passes. steady is held for longer, by
+	// who needs all frames, and by who drops some: it is the first to be taken, then
+	// mu, then the gates. mu is taken under no gate.
+	steady  sync.Mutex
 	gate    sync.RWMutex
-	mu      sync.Mutex // guards what follows; no other lock is taken under it
-	gates   []*sync.RWMutex
+	gates   []*sync.RWMutex // of passes; never changed once the layer can be found
+	mu      sync.Mutex      // guards what follows
 	flights map[int]*flight // frames on their way
 	failed  map[int]failure // frames that failed a moment ago
 	sources []*Handle       // who lets the network be asked, the newest last
@@ -169,13 +174,6 @@ func (l *Layer) has(off, n int64) bool {
 	return true
 }
 
-// gated adds a gate that readers of the data file hold.
-func (l *Layer) gated(gate *sync.RWMutex) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.gates = append(l.gates, gate)
-}
-
 // fetch brings the frames of pieces [from, to).
 func (l *Layer) fetch(from, to int) error {
 	var missing []int
@@ -185,7 +183,8 @@ func (l *Layer) fetch(from, to int) error {
 		}
 	}
 	slices.Sort(missing)
-	waits, claimed, err := l.claim(slices.Compact(missing))
+	missing = slices.Compact(missing)
+	waits, claimed, err := l.claim(missing, l.neighbours(missing))
 	if err != nil {
 		return err
 	}
@@ -203,7 +202,10 @@ func (l *Layer) fetch(from, to int) error {
 
 // claim joins the flights of frames that are on their way and begins those of
 // the others, which the caller must start.
-func (l *Layer) claim(frames []int) (waits []*flight, claimed []int, err error) {
+//
+// Frames that come along are begun where nobody brings them yet; who asked does not
+// wait for them.
+func (l *Layer) claim(frames, along []int) (waits []*flight, claimed []int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx.Err() != nil {
@@ -228,6 +230,15 @@ func (l *Layer) claim(frames []int) (waits []*flight, claimed []int, err error) 
 			claimed = append(claimed, f)
 		}
 		waits = append(waits, w)
+	}
+	if len(claimed) > 0 {
+		for _, f := range along {
+			if _, bad := l.failed[f]; !bad && l.flights[f] == nil && !l.data.Present(f) {
+				l.flights[f] = &flight{done: make(chan struct{})}
+				claimed = append(claimed, f)
+			}
+		}
+		slices.Sort(claimed)
 	}
 	if len(claimed) > 0 {
 		l.runs.Add(1) // under the lock, so that close cannot have begun to wait
@@ -270,7 +281,7 @@ func (l *Layer) land(frame int, err error) {
 	}
 	w.err = err
 	close(w.done)
-	if err == nil && l.Whole() {
+	if err == nil && l.data.Missing() <= l.hollows {
 		l.proveSoon()
 	}
 }

@@ -132,7 +132,7 @@ func TestCloseWhileLayersShare(t *testing.T) {
 			e := entry(t, h, "shared")
 			for k := range 8 {
 				from, to := h.frames.PiecesIn(e.Data+e.Size/8*int64(k), e.Size/8)
-				waits, claimed, err := h.claim([]int{h.frames.FrameOf(from), h.frames.FrameOf(to - 1)})
+				waits, claimed, err := h.claim([]int{h.frames.FrameOf(from), h.frames.FrameOf(to - 1)}, nil)
 				if err != nil {
 					t.Fatal(err)
 				}

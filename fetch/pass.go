@@ -2,6 +2,7 @@ package fetch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -33,16 +34,24 @@ type Pass struct {
 	done   chan struct{}
 	gate   sync.RWMutex // see Layer.gates
 
-	refs int // guarded by Fetcher.mu
+	layer atomic.Pointer[Layer] // that has the data file, set before anybody can drop frames of it
+
+	refs  int  // guarded by Fetcher.mu
+	ended bool // the same
+
+	forgotten bool // guarded by turns.mu
 
 	mu       sync.Mutex // guards what follows
 	change   *sync.Cond
 	entries  []index.Entry // that passed
 	watching []func(index.Entry)
 	passed   int64 // bytes of the data file
-	layer    *Layer
+	over     bool
 	err      error // set before done is closed
 }
+
+// errKept says that a layer came into the store meanwhile.
+var errKept = errors.New("in the store by now")
 
 // join gives the pass of a layer, which it begins if there is none.
 func (f *Fetcher) join(key string, q *Request, reason, why string) (*Pass, error) {
@@ -54,6 +63,13 @@ func (f *Fetcher) join(key string, q *Request, reason, why string) (*Pass, error
 	if p := f.passes[key]; p != nil {
 		p.refs++
 		return p, nil
+	}
+	if f.layers[key] != nil {
+		return nil, errKept
+	}
+	// What is left of a layer that is damaged would be in the way.
+	if err := f.store.Remove(key); err != nil {
+		return nil, err
 	}
 	g, err := f.store.Stage(key)
 	if err != nil {
@@ -90,17 +106,16 @@ func (p *Pass) Close() {
 	if p.f.passes[p.key] == p {
 		delete(p.f.passes, p.key)
 	}
-	go func() { // a reader that waits for the pass learns first that it ended
-		<-p.done
+	if p.ended { // else a reader that waits for the pass learns first that it did
 		p.data.Close()
-	}()
+	}
 }
 
 // run reads the layer from its first byte to its last, checks what its manifest
 // and config say of it, and keeps everything.
 func (p *Pass) run(ctx context.Context, g *store.Staging, q *Request) {
-	defer g.Discard()
-	l, err := p.keep(ctx, g, q)
+	err := p.keep(ctx, g, q)
+	g.Discard()
 	if err != nil {
 		err = fmt.Errorf("layer %.19s: %w", p.digest, err)
 	}
@@ -111,13 +126,18 @@ func (p *Pass) run(ctx context.Context, g *store.Staging, q *Request) {
 	}
 	p.f.mu.Unlock()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.layer, p.err, p.watching = l, err, nil
+	p.over, p.err, p.watching = true, err, nil
 	close(p.done)
 	p.change.Broadcast()
+	p.mu.Unlock()
+	p.f.mu.Lock()
+	defer p.f.mu.Unlock()
+	if p.ended = true; p.refs == 0 {
+		p.data.Close()
+	}
 }
 
-func (p *Pass) keep(ctx context.Context, g *store.Staging, q *Request) (*Layer, error) {
+func (p *Pass) keep(ctx context.Context, g *store.Staging, q *Request) error {
 	pre := preparation{Fetcher: p.f, Request: *q, key: p.key, ctx: ctx}
 	r := pre.reader(0, q.Size)
 	defer r.Close()
@@ -131,17 +151,28 @@ func (p *Pass) keep(ctx context.Context, g *store.Staging, q *Request) (*Layer, 
 		err = context.Canceled // what else went wrong came of it
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	about.Why = p.about.Why
 	if err := p.f.keep(g, l, about, pre.fetched, true); err != nil {
-		return nil, err
+		return err
 	}
-	done, err := p.f.resident(p.key)
-	if err == nil {
-		done.gated(&p.gate)
+	_, err = p.f.resident(p.key)
+	return err
+}
+
+// kept makes the pass one with the layer that it has become, if it has: another
+// may have been faster. The caller holds Fetcher.mu.
+func (p *Pass) kept(l *Layer) {
+	ours, err := p.data.Stat()
+	if err != nil {
+		return
 	}
-	return done, err
+	theirs, err := l.data.File().Stat()
+	if err == nil && os.SameFile(ours, theirs) {
+		l.gates = append(l.gates, &p.gate)
+		p.layer.Store(l)
+	}
 }
 
 // turn reads a pass's blob when it is its turn.
@@ -218,27 +249,28 @@ func (p *Pass) Key() string { return p.key }
 // Hold is [Layer.Hold] of a layer that still passes: it waits for bytes that have
 // not.
 func (p *Pass) Hold(off, n int64) error {
-	l, err := p.wait(off + n)
-	if err != nil {
+	if err := p.wait(off + n); err != nil {
 		return err
 	}
-	if l != nil {
-		return l.hold(&p.gate, off, n)
-	}
 	p.gate.RLock()
-	return nil
+	l := p.layer.Load()
+	if l == nil || l.has(off, n) {
+		return nil
+	}
+	p.gate.RUnlock() // dropped
+	return l.hold(&p.gate, off, n)
 }
 
 // Release ends what Hold began.
 func (p *Pass) Release() { p.gate.RUnlock() }
 
-// wait returns when the data file has everything before end, with the layer where
-// the pass is over.
-func (p *Pass) wait(end int64) (*Layer, error) {
+// wait returns when the data file has everything before end, or had: the pass is
+// over.
+func (p *Pass) wait(end int64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var wanted func()
-	for p.passed < end && p.layer == nil && p.err == nil {
+	for p.passed < end && !p.over {
 		if wanted == nil {
 			p.mu.Unlock()
 			wanted = p.Want()
@@ -250,10 +282,7 @@ func (p *Pass) wait(end int64) (*Layer, error) {
 	if wanted != nil {
 		defer wanted()
 	}
-	if p.err != nil {
-		return nil, p.err
-	}
-	return p.layer, nil
+	return p.err
 }
 
 // Fd gives the data file's descriptor, which stays open until Close.

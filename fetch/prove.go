@@ -2,6 +2,8 @@ package fetch
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -17,25 +19,77 @@ import (
 // errIndex says that an index is not its layer's.
 var errIndex = errors.New("the index does not match the layer")
 
-// proveSoon proves a layer that is read by an index which others made, now that
-// all of it is here. The caller holds mu.
+// maxHollow is how many bytes of frames that nobody reads are fetched to prove a
+// layer of which all else is here.
+const maxHollow = 4 << 20
+
+// hollow gives the frames that alone are missing and hold no contents, nil if
+// others are missing too: nobody would ever read them.
+func (l *Layer) hollow() (frames []int) {
+	about := l.About()
+	n, _, _ := l.frames.Len()
+	var bytes int64
+	if !about.Unproven || l.data.Missing() > l.hollows {
+		return nil
+	}
+	for f := range n {
+		if l.data.Present(f) || l.flights[f] != nil {
+			continue
+		}
+		if bytes += l.frames.Frame(f).Length; bytes > maxHollow || l.frames.Holds(f, about.Contents) {
+			return nil
+		}
+		frames = append(frames, f)
+	}
+	return frames
+}
+
+// countHollow counts the frames without contents.
+func (l *Layer) countHollow() (count int) {
+	about := l.About()
+	n, _, _ := l.frames.Len()
+	for f := range n {
+		if about.Unproven && !l.frames.Holds(f, about.Contents) {
+			count++
+		}
+	}
+	return count
+}
+
+// proveSoon proves a layer that is read by an index which others made, once all of
+// it is here. The caller holds mu.
 func (l *Layer) proveSoon() {
+	if frames := l.hollow(); len(frames) > 0 && len(l.sources) > 0 && l.ctx.Err() == nil {
+		for _, f := range frames {
+			l.flights[f] = &flight{done: make(chan struct{})}
+		}
+		l.runs.Add(1)
+		l.start(frames)
+		return
+	}
+	if !l.Whole() {
+		return
+	}
 	if !l.about.Load().Unproven || l.ctx.Err() != nil || !l.proving.CompareAndSwap(false, true) {
 		return
 	}
-	var diffID func() (string, error)
-	for _, h := range l.sources {
-		diffID = h.diffID
-	}
-	if diffID == nil {
+	diffIDs := l.diffIDs()
+	if len(diffIDs) == 0 {
 		l.proving.Store(false) // nobody knows what it should be
 		return
 	}
 	l.runs.Go(func() {
-		err := l.prove(diffID)
+		err := l.prove(diffIDs)
+		if err == nil {
+			l.mu.Lock()
+			diffIDs = l.diffIDs() // somebody may have opened it meanwhile
+			l.mu.Unlock()
+			_, err = agreed(append(diffIDs, func() (string, error) { return l.About().DiffID, nil }))
+		}
 		switch {
 		case errors.Is(err, errIndex):
 			l.refuse(err)
+		case l.ctx.Err() != nil: // there will be time when it is opened again
 		case err != nil:
 			l.f.log.Warn("a layer could not be compared with its index", "layer", l.Digest, "err", err)
 			l.proving.Store(false)
@@ -45,24 +99,50 @@ func (l *Layer) proveSoon() {
 	})
 }
 
+// diffIDs gives what the images that have the layer open say. The caller holds mu.
+func (l *Layer) diffIDs() (fs []func() (string, error)) {
+	for _, h := range l.sources {
+		if h.diffID != nil {
+			fs = append(fs, h.diffID)
+		}
+	}
+	return fs
+}
+
+// agreed gives the diffID on which all agree, "" if nobody knows one. Where they do
+// not, one of them would be given what another vouches for.
+func agreed(diffIDs []func() (string, error)) (want string, err error) {
+	for _, diffID := range diffIDs {
+		id, err := diffID()
+		if err != nil {
+			return "", err
+		}
+		if want != "" && id != "" && id != want {
+			return "", fmt.Errorf("%w: one image says that its diffID is %s, another %s", errIndex, want, id)
+		}
+		want = cmp.Or(want, id)
+	}
+	return want, nil
+}
+
 // prove compares the layer with its index: the whole tar has the diffID that the
-// image's config names, its entries are those of the index, one by one, and its
+// images' configs name, its entries are those of the index, one by one, and its
 // contents those of the data file. What the tar holds beside contents is then
 // given up.
-func (l *Layer) prove(diffID func() (string, error)) error {
-	want, err := diffID()
+func (l *Layer) prove(diffIDs []func() (string, error)) error {
+	want, err := agreed(diffIDs)
 	if err != nil || want == "" {
 		return errors.Join(err, errors.New("its diffID is not known"))
 	}
-	l.gate.RLock() // nothing may be dropped meanwhile
-	defer l.gate.RUnlock()
+	l.steady.Lock() // nothing may be dropped meanwhile
+	defer l.steady.Unlock()
 	if !l.Whole() {
 		return errors.New("frames of it were dropped")
 	}
 	about := l.About()
 	in := &padded{r: index.Rebuild(l.frames, l.data.File()), sum: sha256.New(), want: want}
 	var skeleton bytes.Buffer
-	same := &comparing{data: l.data.File()}
+	same := &comparing{ctx: l.ctx, data: l.data.File()}
 	got, res, err := tarscan.Scan(in, tarscan.Plain, same, tarscan.Options{Skeleton: &skeleton})
 	if errors.Is(err, index.ErrMalformed) {
 		return fmt.Errorf("%w: %w", errIndex, err)
@@ -147,6 +227,7 @@ func compareEntries(got, said []index.Entry) error {
 // comparing compares contents with those that the data file has in the same
 // place. What a scan passes over as zeroes must be zeroes there.
 type comparing struct {
+	ctx  context.Context
 	data io.ReaderAt
 	at   int64 // up to where it was compared
 	buf  []byte
@@ -170,6 +251,9 @@ func (c *comparing) WriteAt(p []byte, off int64) (int, error) {
 // end compares what lies before off with zeroes.
 func (c *comparing) end(off int64) error {
 	const step = 1 << 20
+	if err := c.ctx.Err(); err != nil {
+		return err
+	}
 	for c.at < off {
 		n := min(step, off-c.at)
 		b := make([]byte, n)
@@ -192,7 +276,7 @@ func (l *Layer) proven(about About, diffID string, skeleton []byte) error {
 	table, err := l.frames.Proven(about.Contents, func(p index.Piece) ([sha256.Size]byte, error) {
 		h := sha256.New()
 		_, err := io.Copy(h, io.NewSectionReader(l.data.File(), p.Data, p.Size))
-		return sumOf(h), err
+		return sumOf(h), cmp.Or(l.ctx.Err(), err)
 	})
 	if err != nil {
 		return err
@@ -216,7 +300,7 @@ func (l *Layer) proven(about About, diffID string, skeleton []byte) error {
 	if rest == 0 {
 		return nil
 	}
-	return l.data.Punch(at, rest)
+	return l.data.Punch(at, rest+index.BlockSize) // the last block too, of which it has a part
 }
 
 // refuse gives up a layer whose index is wrong: nothing that was read through it

@@ -75,6 +75,7 @@ func (r *reader) Read(p []byte) (int, error) {
 		return 0, r.err
 	}
 	p = p[:min(int64(len(p)), r.end-r.off)]
+	r.progress = time.Now() // its caller may have kept it waiting
 	for {
 		n, err := r.attempt(p)
 		if n > 0 {

@@ -8,15 +8,29 @@ import (
 	"testing"
 )
 
-// sparseLayer is a plain tar in which files with holes, as GNU tar writes them,
-// lie between others.
-func sparseLayer(t testing.TB) *layer {
-	t.Helper()
-	fs := []file{
-		{"plain1", noise(5000, 1)}, {"sparse1", append(make([]byte, 8192), noise(4096, 2)...)},
+// sparseFiles are files with holes, as GNU tar writes them, between others. Points
+// lie in those.
+func sparseFiles() []file {
+	return []file{
+		{"plain1", noise(600_000, 1)}, {"sparse1", append(make([]byte, 8192), noise(4096, 2)...)},
 		{"plain2", noise(6000, 3)}, {"sparse2", append(make([]byte, 4096), noise(512, 4)...)},
 		{"plain3", noise(100, 5)},
 	}
+}
+
+// sparseLayer is a plain tar of sparseFiles.
+func sparseLayer(t testing.TB) *layer {
+	t.Helper()
+	fs := sparseFiles()
+	blob := sparseTar(fs)
+	d := fmt.Sprintf("sha256:%x", sha256.Sum256(blob))
+	return &layer{
+		Request: Request{Digest: d, Size: int64(len(blob)), MediaType: "application/vnd.oci.image.layer.v1.tar"},
+		diffID:  d, blob: blob, files: fs,
+	}
+}
+
+func sparseTar(fs []file) []byte {
 	var buf bytes.Buffer
 	for _, f := range fs {
 		data := f.data
@@ -50,9 +64,5 @@ func sparseLayer(t testing.TB) *layer {
 		buf.Write(make([]byte, -len(data)&511))
 	}
 	buf.Write(make([]byte, 1024))
-	d := fmt.Sprintf("sha256:%x", sha256.Sum256(buf.Bytes()))
-	return &layer{
-		Request: Request{Digest: d, Size: int64(buf.Len()), MediaType: "application/vnd.oci.image.layer.v1.tar"},
-		diffID:  d, blob: buf.Bytes(), files: fs,
-	}
+	return buf.Bytes()
 }

@@ -23,6 +23,9 @@ func newTurns() *turns {
 func (t *turns) want(p *Pass) (done func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if p.forgotten { // it is over and must not hold up others
+		return func() {}
+	}
 	t.wanted[p]++
 	t.change.Broadcast()
 	return sync.OnceFunc(func() {
@@ -39,6 +42,7 @@ func (t *turns) want(p *Pass) (done func()) {
 func (t *turns) forget(p *Pass) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	p.forgotten = true
 	delete(t.wanted, p)
 	t.change.Broadcast()
 }

@@ -5,12 +5,17 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 )
+
+// ErrUnshared says that a layer has what no bundle can say.
+var ErrUnshared = errors.New("the layer cannot be read by an index")
 
 // Bundle is what is shared of a layer that was read whole, so that others need
 // not: its names, its frames and their points, and what it was found to be.
@@ -57,7 +62,7 @@ func WriteBundle(w io.Writer, b *Bundle) error {
 	for i := range np {
 		p := b.Frames.Piece(i)
 		if b.Frames.Frame(p.Frame).Point == 0 {
-			return fmt.Errorf("a frame of %v cannot be shared", b.Frames.Frame(p.Frame).Kind)
+			return fmt.Errorf("%w: a frame of %v", ErrUnshared, b.Frames.Frame(p.Frame).Kind)
 		}
 		head = binary.AppendUvarint(head, uint64(p.Data-data))
 		head = binary.AppendUvarint(head, uint64(p.Size))
@@ -126,6 +131,9 @@ func readBundle(raw []byte) (*Bundle, error) {
 	if b.Size < 0 || b.Size > MaxBlobFrame || b.Uncompressed < 0 || b.Uncompressed > MaxDataSize+MaxDataSize/4 {
 		return nil, fmt.Errorf("%w: a layer of %d bytes, decompressed %d", ErrMalformed, b.Size, b.Uncompressed)
 	}
+	if b.Format != "tar" && b.Format != "tar+gzip" && b.Format != "tar+zstd" {
+		return nil, fmt.Errorf("%w: a layer of the format %.20q", ErrMalformed, b.Format)
+	}
 	entries, err := ReadTOC([]byte(d.str()))
 	if err != nil {
 		return nil, err
@@ -139,9 +147,16 @@ func readBundle(raw []byte) (*Bundle, error) {
 	if _, err := build.Reserve(int64(size)); err != nil {
 		return nil, err
 	}
+	build.Grow(len(entries), int(np))
 	for _, e := range entries {
 		if !isClean(e.Name) || e.HardLink && !isClean(e.Link) {
 			return nil, fmt.Errorf("%w: a file named %.80q", ErrMalformed, e.Name)
+		}
+		if err := checkXattrs(e.Xattrs); err != nil {
+			return nil, fmt.Errorf("%.80q: %w", e.Name, err)
+		}
+		if e.Mode > math.MaxUint16 {
+			return nil, fmt.Errorf("%w: %.80q has the mode %o", ErrMalformed, e.Name, e.Mode)
 		}
 		if e.IsRegular() && e.Size > 0 && (e.Data < 0 || e.Data%BlockSize != 0 || e.Size < 0 || e.Data > int64(size) || e.Size > int64(size)-e.Data) {
 			return nil, fmt.Errorf("%w: %.80q: %d bytes at %d of a data file of %d", ErrMalformed, e.Name, e.Size, e.Data, size)
@@ -167,12 +182,48 @@ func readBundle(raw []byte) (*Bundle, error) {
 	return b, nil
 }
 
+// isClean reports whether a name is as [Clean] gives it, which it mostly is: then
+// nothing need be allocated to see it.
 func isClean(name string) bool {
 	if name == "" { // the root
 		return true
 	}
-	clean, err := Clean(name)
-	return err == nil && clean == name
+	if len(name) > MaxPath {
+		return false
+	}
+	depth, from := 0, 0
+	for i := 0; i <= len(name); i++ {
+		if i < len(name) && name[i] != '/' {
+			if name[i] == 0 {
+				return false
+			}
+			continue
+		}
+		part := name[from:i]
+		if part == "" || part == "." || part == ".." || len(part) > MaxName {
+			return false
+		}
+		depth++
+		from = i + 1
+	}
+	return depth <= MaxDepth
+}
+
+// checkXattrs refuses what [SortXattrs] does not give: the tree has 8 bits for the
+// length of a name, and 16 for that of a value.
+func checkXattrs(xs []Xattr) error {
+	if len(xs) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(xs))
+	for _, x := range xs {
+		m[x.Name] = string(x.Value)
+	}
+	sorted, err := SortXattrs(m)
+	if err == nil && !slices.EqualFunc(xs, sorted, func(a, b Xattr) bool { return a.Name == b.Name }) {
+		err = fmt.Errorf("%w: extended attributes out of order", ErrMalformed)
+	}
+	return err
 }
 
 // readPieces reads the frames and pieces of a bundle.

@@ -132,12 +132,7 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 	for _, i := range order {
 		buf = le.AppendUint32(buf, i)
 	}
-	for i := range order { // in order already where pieces have no digests
-		order[i] = uint32(i)
-	}
-	slices.SortFunc(order, func(a, b uint32) int {
-		return cmp.Or(bytes.Compare(pieces[a].Digest[:], pieces[b].Digest[:]), cmp.Compare(a, b))
-	})
+	byDigest(pieces, order)
 	for _, i := range order {
 		buf = le.AppendUint32(buf, i)
 	}
@@ -151,6 +146,28 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 		panic(err) // the encoder and the decoder disagree
 	}
 	return t
+}
+
+// byDigest fills order with the pieces' numbers in the order of their digests,
+// which begin as random numbers do.
+func byDigest(pieces []Piece, order []uint32) {
+	type key struct {
+		first uint64
+		i     uint32
+	}
+	keys := make([]key, len(pieces))
+	for i := range pieces {
+		keys[i] = key{binary.BigEndian.Uint64(pieces[i].Digest[:]), uint32(i)}
+	}
+	slices.SortFunc(keys, func(a, b key) int {
+		if a.first != b.first {
+			return cmp.Compare(a.first, b.first)
+		}
+		return cmp.Or(bytes.Compare(pieces[a.i].Digest[:], pieces[b.i].Digest[:]), cmp.Compare(a.i, b.i))
+	})
+	for i, k := range keys {
+		order[i] = k.i
+	}
 }
 
 // Proven gives a table of what lies before contents in the data file, with
@@ -276,6 +293,18 @@ func (t *Frames) FramePieces(i int) []Piece {
 		ps[k] = t.Piece(int(binary.LittleEndian.Uint32(t.byFrame[4*(from+k):])))
 	}
 	return ps
+}
+
+// Holds reports whether frame i has a piece before an offset of the data file.
+func (t *Frames) Holds(i int, before int64) bool {
+	from, n := t.frameRange(i)
+	for k := range n {
+		at := int(binary.LittleEndian.Uint32(t.byFrame[4*(from+k):]))
+		if int64(binary.LittleEndian.Uint64(t.pieces[at*pieceSize:])) < before {
+			return true
+		}
+	}
+	return false
 }
 
 // PiecesIn gives the half-open range of pieces that have bytes in

@@ -20,6 +20,9 @@ func WithRest(f *Frames, points *Points, size int64) (*Frames, error) {
 	if points == nil && nf > 0 || points != nil && nf != points.Len() {
 		return nil, fmt.Errorf("%w: %d frames are not those of the points", ErrMalformed, nf)
 	}
+	if nf == 0 && size > 0 {
+		return nil, fmt.Errorf("%w: no frame covers %d bytes", ErrMalformed, size)
+	}
 	frames := make([]Frame, nf)
 	pieces := make([]Piece, np, np+nf)
 	for i := range pieces {

@@ -253,10 +253,14 @@ func (o *imageWriter) pad(to int64) {
 func (l *layout) uuid() []byte {
 	h := sha256.New()
 	var b []byte
-	for _, p := range l.inodes {
-		b = binary.LittleEndian.AppendUint64(b[:0], uint64(p.off))
+	for i, p := range l.inodes {
+		b = binary.LittleEndian.AppendUint64(b, uint64(p.off))
 		b = binary.LittleEndian.AppendUint64(b, uint64(p.size))
-		h.Write(append(append(b, p.in.entry.Name...), 0))
+		b = append(append(b, p.in.entry.Name...), 0)
+		if len(b) > 64<<10 || i == len(l.inodes)-1 {
+			h.Write(b)
+			b = b[:0]
+		}
 	}
 	id := h.Sum(nil)[:16]
 	id[6], id[8] = id[6]&0x0f|0x80, id[8]&0x3f|0x80 // version 8 (RFC 9562)

@@ -25,6 +25,9 @@ var workloads = map[string]string{
 	"large":  `python3 /app/large.py`,
 }
 
+// corpus is all of them.
+var corpus = []string{"debian", "python", "node", "nginx", "redis", "jdk", "gcc", "large"}
+
 // inside runs a workload with an overlay over the mount as its root. What it
 // mounts goes with its mount namespace, what it starts with its process
 // namespace. $0 is a scratch directory, $1 the mount, $2 the workload.
@@ -56,7 +59,7 @@ func (b *bench) bytes(ctx context.Context, out *section) error {
 	out.line("")
 	out.line("| image | files | touched MB | TOCs MB | face | wire MB | least | blob bodies MB | fetched, as varve says MB | (wire - TOCs) / touched | wire / (1.15 touched + TOCs) | target | requests | wall s |")
 	out.line("|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|---|---|--:|")
-	for _, image := range b.images {
+	for _, image := range b.imagesOr(corpus...) {
 		if workloads[image] == "" {
 			return fmt.Errorf("%s is no image of the corpus with a workload", image)
 		}

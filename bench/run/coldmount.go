@@ -76,7 +76,7 @@ func (b *bench) roundTrips(ctx context.Context, w *wire, out *section) error {
 				float64(last.log[0].Start.Sub(last.start))/float64(farAway), last.conns, last.requests)
 			b.say("round trips %s %s: %.2f; near ms %s; far ms %s", image, face, trips, all(near, ms), all(far, ms))
 			if face == faces[0] {
-				b.timeline(last)
+				b.timeline(last.start, last.log)
 			}
 		}
 	}
@@ -84,9 +84,9 @@ func (b *bench) roundTrips(ctx context.Context, w *wire, out *section) error {
 }
 
 // timeline keeps when each request came, for who wants to know what waits for what.
-func (b *bench) timeline(c cold) {
-	for _, r := range c.log {
-		b.say("  +%6s ms %s %s range=%q status=%d bytes=%d", ms(r.Start.Sub(c.start)), r.Method, r.Path, r.Range, r.Status, r.Bytes)
+func (b *bench) timeline(start time.Time, log []link.Request) {
+	for _, r := range log {
+		b.say("  +%6s ms %s %s range=%q status=%d bytes=%d", ms(r.Start.Sub(start)), r.Method, r.Path, r.Range, r.Status, r.Bytes)
 	}
 }
 

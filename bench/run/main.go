@@ -3,9 +3,13 @@
 // this checkout, gives it stores and daemons of its own, and writes each measure's
 // section of bench/RESULTS.md.
 //
-//	go run ./bench/run -registry HOST:PORT [coldmount|walk|memory|bytes|write|commit|all]
+//	go run ./bench/run -registry HOST:PORT [MEASURE...]
 //
-// It needs root, FUSE, strace, and a registry with the images of the corpus.
+// The measures are coldmount, walk, memory, bytes, write, commit, pass, checkpoints,
+// indexsize and shared; none named is all of them. It needs root, FUSE, a registry
+// with the images of the corpus, and the programs that a measure asks for if they
+// are not there. Conversions are pushed beside the images, as tag estargz; copies to
+// be indexed go to repositories of their own.
 package main
 
 import (
@@ -17,6 +21,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -28,11 +33,12 @@ const needs = "a plain-HTTP registry, such as Debian's docker-registry, with the
 // bench is one invocation.
 type bench struct {
 	registry string
-	dir      string // scratch: stores, conversions, the tree on ext4
-	out      string // the results
-	n        int    // repetitions where the measure does not ask for more
-	images   []string
-	varve    string // the binary under test
+	dir      string   // scratch: stores, conversions, the tree on ext4
+	out      string   // the results
+	n        int      // repetitions where the measure has no number of its own
+	asked    bool     // n was asked for
+	images   []string // where the measure has no others of its own
+	varve    string   // the binary under test
 	log      *os.File
 }
 
@@ -55,6 +61,10 @@ var measures = []measure{
 	{"bytes", "Bytes on the wire", (*bench).bytes},
 	{"write", "Writable mounts beside overlayfs and fuse-overlayfs", (*bench).write},
 	{"commit", "Commit beside tar, pigz and sha256sum", (*bench).commit},
+	{"pass", "First mount without an index", (*bench).pass},
+	{"checkpoints", "Points beside decompression alone", (*bench).checkpoints},
+	{"indexsize", "Size of indexes, and loading them", (*bench).indexSize},
+	{"shared", "A pushed index beside eStargz", (*bench).shared},
 }
 
 func main() {
@@ -67,14 +77,17 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
+	if len(args) > 0 && args[0] == decompressVerb {
+		return decompressOnce(args[1:])
+	}
 	b := &bench{}
 	var images string
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
 	f.StringVar(&b.registry, "registry", "", "HOST:PORT of "+needs)
-	f.StringVar(&b.dir, "dir", "/var/tmp/varve-bench", "scratch directory, on ext4 for the walks; the copied tree stays there")
+	f.StringVar(&b.dir, "dir", "/var/tmp/varve-bench", "scratch directory, on ext4 for the walks; the copied tree and layers stay there")
 	f.StringVar(&b.out, "out", "bench/RESULTS.md", "results file, whose section is replaced")
-	f.IntVar(&b.n, "n", 5, "repetitions")
-	f.StringVar(&images, "images", "debian,python,node,nginx,redis,jdk,gcc,large", "images of the measure bytes")
+	f.IntVar(&b.n, "n", 5, "repetitions; some measures have another number by themselves")
+	f.StringVar(&images, "images", "", "images of the measures bytes, pass, checkpoints, indexsize and shared, instead of their own choice")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -84,23 +97,27 @@ func run(ctx context.Context, args []string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("this needs root: it drops caches, mounts EROFS and overlays, and changes roots")
 	}
-	b.images = strings.Split(images, ",")
-	which := f.Arg(0)
-	if which == "" {
-		which = "all"
+	given := ""
+	f.Visit(func(f *flag.Flag) {
+		b.asked = b.asked || f.Name == "n"
+		if f.Name == "n" || f.Name == "images" {
+			given += " -" + f.Name + " " + f.Value.String()
+		}
+	})
+	if images != "" {
+		b.images = strings.Split(images, ",")
+	}
+	chosen, err := choose(f.Args())
+	if err != nil {
+		return err
 	}
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
-	found := false
-	for _, m := range measures {
-		if which != "all" && which != m.name {
-			continue
-		}
-		found = true
+	for _, m := range chosen {
 		b.say("== %s", m.name)
 		var s section
-		s.line("%s", b.machine(ctx))
+		s.line("%s `go run ./bench/run -registry REGISTRY%s %s` repeats it.", b.machine(ctx), given, m.name)
 		s.line("")
 		if err := m.run(b, ctx, &s); err != nil {
 			return fmt.Errorf("%s: %w", m.name, err)
@@ -110,10 +127,40 @@ func run(ctx context.Context, args []string) error {
 		}
 		fmt.Print("\n## ", m.title, "\n\n", s.String(), "\n")
 	}
-	if !found {
-		return fmt.Errorf("%q: want coldmount, walk, memory, bytes, write, commit or all", which)
-	}
 	return nil
+}
+
+// choose gives the measures of these names, in the order of the results.
+func choose(names []string) (chosen []measure, err error) {
+	known := []string{"all"}
+	for _, m := range measures {
+		known = append(known, m.name)
+		if len(names) == 0 || slices.Contains(names, "all") || slices.Contains(names, m.name) {
+			chosen = append(chosen, m)
+		}
+	}
+	for _, n := range names {
+		if !slices.Contains(known, n) {
+			return nil, fmt.Errorf("%q: want some of %s", n, strings.Join(known, ", "))
+		}
+	}
+	return chosen, nil
+}
+
+// imagesOr gives the images that were asked for, or the measure's own.
+func (b *bench) imagesOr(own ...string) []string {
+	if b.images != nil {
+		return b.images
+	}
+	return own
+}
+
+// turns is how often a measure repeats that wants its own number.
+func (b *bench) turns(own int) int {
+	if b.asked {
+		return b.n
+	}
+	return own
 }
 
 // prepare makes the scratch directory and builds the varve of this checkout as

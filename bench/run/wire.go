@@ -31,7 +31,10 @@ func (b *bench) wire(ctx context.Context, p link.Profile) (*wire, error) {
 func (w *wire) Close() error { return errors.Join(w.link.Close(), w.rec.Close()) }
 
 // image is the name of an image as the daemon has to ask for it.
-func (w *wire) image(name string) string { return w.link.Addr() + "/" + name + ":" + tagEStargz }
+func (w *wire) image(name string) string { return w.ref(name, tagEStargz) }
+
+// ref is the name of any other image.
+func (w *wire) ref(repo, tag string) string { return w.link.Addr() + "/" + repo + ":" + tag }
 
 // reset begins to count from nothing.
 func (w *wire) reset() {

@@ -27,7 +27,7 @@
 //
 // Windows are limited to 128 MiB, and points are made in frames of at most 32 MiB
 // of window: twice that is kept of the content, so that a State can be made when
-// it is known what it needs. The first 4 MiB of a frame are held back from the
+// it is known what it needs. The first 9 MiB of a frame are held back from the
 // tracer until a point is wanted or they are full: a blob of many small frames
 // costs nothing.
 //

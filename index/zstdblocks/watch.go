@@ -11,8 +11,9 @@ const (
 	// them are kept.
 	maxTraced = 32 << 20
 	// backlog is how many blocks of a frame pass before it is traced though no
-	// point has been wanted in it: 4 MiB at most.
-	backlog = 32
+	// point has been wanted in it: 9 MiB at most, so that frames of 8 MiB, which
+	// are points enough, cost nothing.
+	backlog = 72
 	// inFlight is how many blocks the tracer may be behind.
 	inFlight = 16
 	// maxWaiting is how many points in a frame may wait for their State.
