@@ -110,7 +110,7 @@ func (f *faces) kernel(dir string, t *tree, o fs.Options) (face, error) {
 	}
 	f.inPlace(k.plain, 1) // before it reads them
 	var err error
-	if k.Kernel, err = fs.MountKernel(dir, t.index.path, paths, o); err != nil {
+	if k.Kernel, err = fs.MountKernel(dir, t.index.file, paths, o); err != nil {
 		f.inPlace(k.plain, -1)
 		return nil, err
 	}

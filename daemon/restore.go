@@ -107,6 +107,10 @@ func (d *Daemon) sweep() {
 		}
 		os.Remove(dir)
 	}
+	unsettled, _ := filepath.Glob(filepath.Join(d.dirs.Cache, "index", newIndex+"*"))
+	for _, path := range unsettled {
+		os.Remove(path)
+	}
 	d.sweepUppers()
 }
 

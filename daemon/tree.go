@@ -24,7 +24,8 @@ type sharedIndex struct {
 	*index.Image
 	d    *Daemon
 	path string
-	refs int // guarded by Daemon.indexMu
+	file string // where it lies now: a file of its own before it has reached the disk
+	refs int    // guarded by Daemon.indexMu
 }
 
 // indexPath gives where the index of an image with these layers lies: images
@@ -52,16 +53,20 @@ func (d *Daemon) sharedIndex(layers []*fetch.Handle) (*sharedIndex, error) {
 		}
 		d.indexMu.Unlock()
 		_, err, _ := d.indexing.Do(path, func() (any, error) {
-			im, err := openIndex(path, layers)
-			if err != nil {
+			s := &sharedIndex{d: d, path: path}
+			if err := s.open(layers); err != nil {
 				return nil, fmt.Errorf("index: %w", err)
 			}
 			d.indexMu.Lock()
 			defer d.indexMu.Unlock()
 			if d.indexes[path] != nil {
-				return nil, im.Close() // another was faster
+				return nil, s.close() // another was faster
 			}
-			d.indexes[path] = &sharedIndex{Image: im, d: d, path: path}
+			d.indexes[path] = s
+			if s.file != path {
+				s.refs++
+				d.background.Go(s.settle)
+			}
 			return nil, nil
 		})
 		if err != nil {
@@ -70,14 +75,46 @@ func (d *Daemon) sharedIndex(layers []*fetch.Handle) (*sharedIndex, error) {
 	}
 }
 
-func openIndex(path string, layers []*fetch.Handle) (*index.Image, error) {
-	im, err := index.Open(path)
+// open opens the index, building it where it is missing or damaged.
+func (s *sharedIndex) open(layers []*fetch.Handle) (err error) {
+	s.file = s.path
+	s.Image, err = index.Open(s.file)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, index.ErrMalformed) {
-		if err = buildIndex(path, layers); err == nil {
-			im, err = index.Open(path)
+		if s.file, err = buildIndex(filepath.Dir(s.path), layers); err == nil {
+			if s.Image, err = index.Open(s.file); err != nil {
+				os.Remove(s.file)
+			}
 		}
 	}
-	return im, err
+	return err
+}
+
+// settle brings a new index to the disk and gives it its name, which is trusted
+// when it is found. A mount does not wait for that.
+func (s *sharedIndex) settle() {
+	defer s.release()
+	// The names of all layers were on the heap for a moment. A daemon that serves
+	// mounts for weeks gives that memory back now, not at some later collection.
+	debug.FreeOSMemory()
+	if err := s.name(); err != nil {
+		s.d.log.Warn("an index is not kept", "path", s.path, "err", err)
+	}
+}
+
+func (s *sharedIndex) name() error {
+	f, err := os.Open(s.file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if st, err := os.Lstat(s.path); err == nil && st.IsDir() {
+		os.RemoveAll(s.path) // somebody's doing: a file cannot take its place
+	}
+	os.Remove(s.path)
+	return os.Link(s.file, s.path)
 }
 
 func (s *sharedIndex) release() {
@@ -85,12 +122,20 @@ func (s *sharedIndex) release() {
 	defer s.d.indexMu.Unlock()
 	if s.refs--; s.refs == 0 {
 		delete(s.d.indexes, s.path)
-		s.Close()
+		s.close()
 	}
 }
 
-// buildIndex merges the layers' names into a new index file.
-func buildIndex(path string, layers []*fetch.Handle) (err error) {
+func (s *sharedIndex) close() error {
+	if s.file != s.path {
+		os.Remove(s.file)
+	}
+	return s.Close()
+}
+
+// buildIndex merges the layers' names into a new file of a directory, which has not
+// reached the disk when it is there.
+func buildIndex(dir string, layers []*fetch.Handle) (path string, err error) {
 	entries := make([][]index.Entry, len(layers))
 	var eg errgroup.Group
 	for i, l := range layers {
@@ -100,38 +145,31 @@ func buildIndex(path string, layers []*fetch.Handle) (err error) {
 		})
 	}
 	if err := eg.Wait(); err != nil {
-		return err
+		return "", err
 	}
 	t, err := index.Merge(entries)
 	if err != nil {
-		return err
+		return "", err
 	}
 	devices := make([]index.Device, len(layers))
 	for i, l := range layers {
 		_, hex, _ := strings.Cut(l.Digest, ":")
 		devices[i] = index.Device{Tag: hex[:min(len(hex), 64)], Size: l.Size()}
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "tmp-")
+	f, err := os.CreateTemp(dir, newIndex)
 	if err != nil {
-		return err
+		return "", err
 	}
-	defer os.Remove(f.Name())
 	w := bufio.NewWriterSize(f, 1<<20)
 	if err = t.WriteTo(w, devices); err == nil {
 		err = w.Flush()
 	}
-	if err == nil {
-		err = f.Sync()
-	}
 	if err = errors.Join(err, f.Close()); err != nil {
-		return err
+		os.Remove(f.Name())
+		return "", err
 	}
-	// The names of all layers were on the heap for a moment. A daemon that serves
-	// mounts for weeks gives that memory back now, not at some later collection.
-	entries, t = nil, nil
-	debug.FreeOSMemory()
-	if st, err := os.Lstat(path); err == nil && st.IsDir() {
-		os.RemoveAll(path) // somebody's doing: a file cannot take its place
-	}
-	return os.Rename(f.Name(), path)
+	return f.Name(), nil
 }
+
+// newIndex begins the names of indexes that have not reached the disk.
+const newIndex = "tmp-"
