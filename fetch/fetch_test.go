@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -195,7 +196,7 @@ func TestLayerIsOpenedOnce(t *testing.T) {
 func TestOpenGoesOnWithoutTheFirst(t *testing.T) {
 	l := makeLayer(t, forms.Gzip, files())
 	s := serve(t, l)
-	m := on(t, t.TempDir(), quick)
+	m := on(t, t.TempDir(), Patience{Stall: 300 * time.Millisecond, Total: time.Hour, Base: 1})
 	entered := make(chan struct{})
 	var once sync.Once
 	s.SetFault(func(*http.Request) *link.Fault {

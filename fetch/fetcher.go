@@ -378,6 +378,10 @@ func (l *Layer) documents() error {
 	if err := json.Unmarshal(doc, about); err != nil {
 		return fmt.Errorf("%w: %s: %w", index.ErrMalformed, aboutDocument, err)
 	}
+	if about.Unproven && l.frames.IsProven(about.Contents) {
+		// The daemon was killed between writing that table and saying so.
+		about.Unproven, about.ByFrame = false, false
+	}
 	l.about.Store(about)
 	l.byFrame = about.ByFrame
 	l.group, l.hollows = l.grouping(l.f.atLeast), l.countHollow()

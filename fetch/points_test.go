@@ -167,11 +167,11 @@ func readAfterDrop(t *testing.T, l *layer) {
 	dropAll(t, h)
 
 	// The next daemon has no more of it than this one, and no network.
-	checkFile(t, h, find(t, l, "volume1"))
+	checkFile(t, h, find(t, l, "first"))
 	m.close(t)
 	m = on(t, m.dir, quick)
 	h = m.open(t, l)
-	checkFile(t, h, find(t, l, "volume1"))
+	checkFile(t, h, find(t, l, "first"))
 	if _, err := content(h, entry(t, h, "last")); !errors.Is(err, ErrOffline) {
 		t.Errorf("got %v", err)
 	}

@@ -295,6 +295,17 @@ func (t *Frames) FramePieces(i int) []Piece {
 	return ps
 }
 
+// IsProven reports whether the table is one that Proven gave: every piece lies
+// before contents and has a digest.
+func (t *Frames) IsProven(contents int64) bool {
+	for i := range t.nPieces {
+		if p := t.Piece(i); p.Data >= contents || p.Digest == ([sha256.Size]byte{}) {
+			return false
+		}
+	}
+	return true
+}
+
 // Holds reports whether frame i has a piece before an offset of the data file.
 func (t *Frames) Holds(i int, before int64) bool {
 	from, n := t.frameRange(i)
