@@ -379,8 +379,11 @@ func (l *Layer) documents() error {
 		return fmt.Errorf("%w: %s: %w", index.ErrMalformed, aboutDocument, err)
 	}
 	if about.Unproven && l.frames.IsProven(about.Contents) {
-		// The daemon was killed between writing that table and saying so.
-		about.Unproven, about.ByFrame = false, false
+		// The daemon was killed between writing that table and saying so, if the
+		// skeleton is there, which is written before.
+		if _, err := l.f.store.Document(l.Key, skeletonDocument); err == nil {
+			about.Unproven, about.ByFrame = false, false
+		}
 	}
 	l.about.Store(about)
 	l.byFrame = about.ByFrame
