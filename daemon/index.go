@@ -105,6 +105,9 @@ func (d *Daemon) Index(ctx context.Context, o IndexOptions, n note) (*Indexed, e
 	if err := eg.Wait(); err != nil {
 		return nil, fmt.Errorf("index %s: %w", im.name.Familiar(), err)
 	}
+	if err := im.keep(); err != nil {
+		return nil, err
+	}
 	if o.Push {
 		if out.Pushed, err = d.pushIndexes(ctx, im, made, o.ImageOptions); err != nil {
 			return nil, fmt.Errorf("the indexes of %s were made, but not pushed: %w", im.name.Familiar(), err)

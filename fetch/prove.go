@@ -303,6 +303,19 @@ func (l *Layer) proven(about About, diffID string, skeleton []byte) error {
 	return l.data.Punch(at, rest+index.BlockSize) // the last block too, of which it has a part
 }
 
+// doubtIndex has the next mount do without an index by which a frame does not verify
+// wherever it comes from. What was verified through it is still read.
+func (l *Layer) doubtIndex(err error) {
+	if !l.About().Unproven || l.f.store.Refused(l.Key) {
+		return
+	}
+	l.f.m.LazyFallbacks.WithLabelValues("index_mismatch").Inc()
+	if rerr := l.f.store.Refuse(l.Key); rerr != nil {
+		err = errors.Join(err, rerr)
+	}
+	l.f.log.Error("index refused: mount the image anew to have the layer read whole", "layer", l.Digest, "index", l.About().Index, "err", err)
+}
+
 // refuse gives up a layer whose index is wrong: nothing that was read through it
 // is kept or read again, and the index is not used any more.
 func (l *Layer) refuse(err error) {

@@ -159,7 +159,9 @@ func (l *Layer) landed(n int, spoilt func(), err error) {
 		l.f.m.VerifyFailures.WithLabelValues("chunk").Inc()
 		if l.ctx.Err() == nil {
 			spoilt()
-			err = l.again(n)
+			if err = l.again(n); errors.Is(err, ErrVerify) {
+				l.doubtIndex(err)
+			}
 		}
 	}
 	if err == nil {

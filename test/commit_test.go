@@ -198,7 +198,7 @@ func TestCommitFetchesNothing(t *testing.T) {
 		if after := h.inspect("w"); after.Fetched != before.Fetched || after.Local != before.Local {
 			t.Errorf("fetched %d bytes, %d before; here %d, before %d", after.Fetched, before.Fetched, after.Local, before.Local)
 		}
-		again := h.ok("mount", "--name", "again", "app:1")
+		again := h.ok("mount", "--wait", "--name", "again", "app:1")
 		sameAgain(t, dir, again)
 		h.ok("umount", "-a")
 	})
@@ -223,7 +223,7 @@ func TestCommitKinds(t *testing.T) {
 			digest := h.commit("--compression", compression, "w", name)
 			sameTree(t, want, unpackedOn(t, layers, h.made(digest), 1, want["."]))
 
-			again := h.ok("mount", "--name", "again", name)
+			again := h.ok("mount", "--wait", "--name", "again", name)
 			sameAgain(t, dir, again)
 			m := h.inspect("again")
 			if top := m.Layers[len(m.Layers)-1]; top.Format != format || top.Fetched != 0 || len(m.Layers) != 3 || m.Target != digest {
@@ -272,7 +272,7 @@ func TestCommitChain(t *testing.T) {
 			t.Errorf("four commits on one layer have %d", n)
 		}
 		h.stop()
-		if dir := h.ok("mount", "--name", "back", "app:v3"); !strings.HasSuffix(dir, "/back") {
+		if dir := h.ok("mount", "--wait", "--name", "back", "app:v3"); !strings.HasSuffix(dir, "/back") {
 			t.Error(dir)
 		}
 		holds(t, filepath.Join(h.root, "run/mnt/back/etc/version"), "v3")
@@ -306,7 +306,7 @@ func TestCommitSquash(t *testing.T) {
 
 		want := readTree(t, dir).wholeSeconds()
 		for _, name := range []string{"app:v3", "app:one"} {
-			again := h.ok("mount", "--name", "again", name)
+			again := h.ok("mount", "--wait", "--name", "again", name)
 			sameAgain(t, dir, again)
 			h.ok("umount", "again")
 		}
@@ -355,7 +355,7 @@ func TestCommitReproducible(t *testing.T) {
 				t.Errorf("created %v, in the history %v", config.Created, config.History)
 			}
 		}
-		again := readTree(t, h.ok("mount", "--name", "again", "app:1"))
+		again := readTree(t, h.ok("mount", "--wait", "--name", "again", "app:1"))
 		for p, n := range again {
 			if n.sec > 1_600_000_000 { // the youngest of the base
 				t.Errorf("%s has time %d", p, n.sec)
@@ -399,7 +399,7 @@ func TestCommitWhere(t *testing.T) {
 		if out := h.ok("diff", "w"); out != "C /etc\nA /etc/new" {
 			t.Errorf("diff of what is not mounted: %q", out)
 		}
-		holds(t, filepath.Join(h.ok("mount", "app:down"), "etc/new"), "new")
+		holds(t, filepath.Join(h.ok("mount", "--wait", "app:down"), "etc/new"), "new")
 		h.fails(3, "commit", "nothing-of-that-name")
 		h.fails(3, "commit", h.root)
 		// A mount that cannot be written has nothing but its history to commit.

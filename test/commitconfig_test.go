@@ -188,8 +188,8 @@ func TestCommitNothing(t *testing.T) {
 			t.Errorf("diff: %q", out)
 		}
 		check("after what left no trace")
-		again := h.ok("mount", "--name", "again", "app:1")
-		sameTree(t, readTree(t, h.ok("mount", "--name", "base", ref)), readTree(t, again))
+		again := h.ok("mount", "--wait", "--name", "again", "app:1")
+		sameTree(t, readTree(t, h.ok("mount", "--wait", "--name", "base", ref)), readTree(t, again))
 		h.ok("umount", "-a")
 	})
 }
@@ -342,7 +342,7 @@ func TestCommitFormats(t *testing.T) {
 				}
 				invariant(t, got)
 				if format == "" || base == format {
-					again := h.ok(append([]string{"mount", "--name", "again"}, args...)...)
+					again := h.ok(append([]string{"mount", "--wait", "--name", "again"}, args...)...)
 					sameTree(t, want, readTree(t, again).wholeSeconds())
 					h.ok("umount", "again")
 				}

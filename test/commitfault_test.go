@@ -79,7 +79,7 @@ func TestCommitKilled(t *testing.T) {
 		h.fails(3, "mount", "--pull", "never", "app:1")
 		sameTree(t, before, readTree(t, dir))
 		h.commit("w", "app:1")
-		again := h.ok("mount", "--name", "again", "app:1")
+		again := h.ok("mount", "--wait", "--name", "again", "app:1")
 		sameAgain(t, dir, again)
 		h.ok("umount", "-a")
 	})
@@ -149,7 +149,7 @@ func TestCommitWhileWriting(t *testing.T) {
 		}
 		h.commit("--no-pause", "w", "app:running")
 		end()
-		dir = h.ok("mount", "--name", "running", "app:running")
+		dir = h.ok("mount", "--wait", "--name", "running", "app:running")
 		list(t, dir)
 		h.commit("w", "app:quiet")
 		h.ok("umount", "-a")

@@ -254,7 +254,7 @@ func TestCopyRefused(t *testing.T) {
 	l, _ := small(t, 2, 100)
 	_, ref := serve(t, forms.EStargz, l)
 	h := newHost(t)
-	dir := h.ok("mount", "--name", "ro", ref)
+	dir := h.ok("mount", "--wait", "--name", "ro", ref)
 	src := filepath.Join(h.root, "file")
 	put(t, src, "x")
 	if line := h.fails(2, "cp", src, "ro:/etc/x"); !strings.Contains(line, "read-only") || !strings.Contains(line, "--rw") {

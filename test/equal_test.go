@@ -169,7 +169,7 @@ func everywhere(t *testing.T, layers [][]byte, want tree, rooted bool) {
 func compare(t *testing.T, image, face string, want tree, rooted bool) {
 	t.Helper()
 	h := newHost(t)
-	dir := h.ok("mount", "--face", face, image)
+	dir := h.ok("mount", "--wait", "--face", face, image)
 	got := readTree(t, dir)
 	if !rooted {
 		got["."] = want["."]

@@ -136,7 +136,7 @@ func TestExport(t *testing.T) {
 
 		// An image of the store's, mounted or not.
 		h.commit("w", "app:1")
-		again := h.ok("mount", "--name", "again", "app:1")
+		again := h.ok("mount", "--wait", "--name", "again", "app:1")
 		sameMembers(t, members(t, gnuTar(t, again)), members(t, export("app:1")))
 		h.ok("umount", "again")
 

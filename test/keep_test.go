@@ -156,7 +156,7 @@ func removed(t *testing.T, overlay string) {
 	gone(t, h, dir)
 
 	// A mount that cannot be written is forgotten when it is unmounted.
-	h.ok("mount", "--name", "ro", ref)
+	h.ok("mount", "--wait", "--name", "ro", ref)
 	_, up1 := edit("four")
 	_, up2 := edit("five")
 	six, up6 := edit("six")

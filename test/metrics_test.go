@@ -27,6 +27,14 @@ func scrape(t *testing.T, c *http.Client, url string) string {
 	return string(b)
 }
 
+// overSocket gives a client of the daemon's socket, whose idle connections are the
+// caller's to close.
+func (h *host) overSocket() *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(h.root, "run/varve.sock"))
+	}}}
+}
+
 func TestMetrics(t *testing.T) {
 	needRoot(t)
 	l, names := small(t, 20, 50_000)
@@ -36,14 +44,12 @@ func TestMetrics(t *testing.T) {
 	_, whole := serve(t, forms.Gzip, plain.bytes())
 	h := newHost(t)
 	dir := h.ok("mount", "--face", "fuse", ref)
-	h.ok("mount", whole)
+	h.ok("mount", "--wait", whole)
 	helper(t, "sum", filepath.Join(dir, names[0]))
 	if _, err := os.Lstat(filepath.Join(dir, "nowhere")); err == nil {
 		t.Error("a name that is not there")
 	}
-	over := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(h.root, "run/varve.sock"))
-	}}}
+	over := h.overSocket()
 	text := scrape(t, over, "http://varve/metrics")
 	for _, want := range []string{
 		`varve_build_info\{goversion="go[^"]+",revision="[^"]*",version="[^"]+"\} 1`,

@@ -398,7 +398,7 @@ func (m *model) cycle(name string, base tree) string {
 		if face == "kernel" && h.as != nil {
 			continue
 		}
-		dir := h.ok("mount", "--face", face, "--name", "committed-"+face, digest)
+		dir := h.ok("mount", "--wait", "--face", face, "--name", "committed-"+face, digest)
 		var got tree
 		m.mount.do(func() { got = readTree(m.t, dir) })
 		root := tr["."] // whose time alone is no reason to be in a layer

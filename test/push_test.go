@@ -213,7 +213,7 @@ func TestPushWithoutBase(t *testing.T) {
 
 		// Another machine mounts it, as lazily.
 		other := newHost(t)
-		again := other.ok("mount", ref)
+		again := other.ok("mount", "--wait", ref)
 		holds(t, filepath.Join(again, "big/new"), string(noise(200, change)))
 		missing(t, filepath.Join(again, "big/0-0"))
 		m := other.inspect(again)
@@ -315,7 +315,7 @@ func TestPushFromAnywhere(t *testing.T) {
 			t.Errorf("%s: the base is called %q", kind, base)
 		}
 		again := newHost(t)
-		dir = again.ok("mount", d.ref("from/"+kind+":1"))
+		dir = again.ok("mount", "--wait", d.ref("from/"+kind+":1"))
 		holds(t, filepath.Join(dir, "etc/new"), kind)
 		holds(t, filepath.Join(dir, names[1]), string(content(names[1], 50_000))+"more")
 		again.ok("umount", "-a")

@@ -4,7 +4,9 @@ import (
 	"context"
 	"io"
 	"path"
+	"slices"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -77,6 +79,20 @@ func (r *registry) requests(img v1.Image) (asked map[string]int, ranges []link.R
 	}
 	r.rec.Reset()
 	return asked, ranges
+}
+
+// settled waits until every answer that was begun has ended: what is fetched along
+// with what was asked for may come after it.
+func (r *registry) settled() {
+	r.t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if !slices.ContainsFunc(r.rec.Requests(), func(q link.Request) bool { return !q.Done }) {
+			return
+		}
+		if time.Now().After(end) {
+			r.t.Fatalf("answers do not end: %v", r.rec.Requests())
+		}
+	}
 }
 
 type nopCloser struct{ io.Reader }

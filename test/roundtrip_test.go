@@ -237,10 +237,10 @@ func TestSaveLoads(t *testing.T) {
 				}
 			}
 			// And here: the tar is both of the forms that are mounted.
-			again := h.ok("mount", "--name", "again", "oci:"+file)
+			again := h.ok("mount", "--wait", "--name", "again", "oci:"+file)
 			sameAgain(t, filepath.Join(h.root, "run/mnt/w"), again)
 			h.ok("umount", "again")
-			again = h.ok("mount", "--name", "again", "docker-archive:"+file)
+			again = h.ok("mount", "--wait", "--name", "again", "docker-archive:"+file)
 			asUnpacked(t, want, readTree(t, again)) // it knows of no table of contents
 			h.ok("umount", "again")
 		})

@@ -76,7 +76,7 @@ func writable(t *testing.T, overlay string) {
 	l, names := small(t, 6, 20_000)
 	_, ref := serve(t, forms.EStargz, l)
 	h := newHost(t)
-	ro := h.ok("mount", "--name", "ro", ref)
+	ro := h.ok("mount", "--wait", "--name", "ro", ref)
 	a := h.writable(overlay, "a", ref)
 	b := h.writable(overlay, "b", ref)
 	image := readTree(t, ro)
@@ -129,7 +129,7 @@ func writable(t *testing.T, overlay string) {
 
 	// The image is what it was, for those who have it and for those who come.
 	sameTree(t, image, readTree(t, ro))
-	later := h.ok("mount", "--name", "later", ref)
+	later := h.ok("mount", "--wait", "--name", "later", ref)
 	sameTree(t, image, readTree(t, later))
 	for what, err := range map[string]error{
 		"write":  os.WriteFile(filepath.Join(ro, names[0]), nil, 0),

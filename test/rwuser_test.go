@@ -201,7 +201,7 @@ value
 // lastLayer reads the newest layer of an image from the host's own store.
 func (h *host) lastLayer(digest string) map[string]tarEntry {
 	h.t.Helper()
-	h.ok("mount", "--name", "looked-at", digest)
+	h.ok("mount", "--wait", "--name", "looked-at", digest)
 	layers := h.inspect("looked-at").Layers
 	h.ok("umount", "looked-at")
 	_, hex, _ := strings.Cut(layers[len(layers)-1].Digest, ":")
