@@ -240,7 +240,7 @@ func TestIndexWrongSpan(t *testing.T) {
 				t.Error("the log does not say what could not be read, and why")
 			}
 			h.ok("umount", dir)
-			dir = h.ok("mount", "--wait", "--index=none", "--face", face, x.ref)
+			dir = h.ok("mount", "--wait", "--face", face, x.ref)
 			x.whole(dir)
 			h.ok("umount", dir)
 		})
