@@ -281,7 +281,7 @@ func TestConvertFails(t *testing.T) {
 		"cut":      {good, func(s *source) { change(s, func(b []byte) []byte { return b[:len(b)/2] }) }, index.ErrMalformed},
 		"no blob":  {good, func(s *source) { change(s, func(b []byte) []byte { return nil }) }, index.ErrMalformed},
 		"other": {good, func(s *source) {
-			change(s, func(b []byte) []byte { z, _ := newGzip(); b, _ = z.member(nil, kinds(t)); return b })
+			change(s, func([]byte) []byte { z, _ := newGzip(); b, _ := z.member(nil, kinds(t)); return b })
 		}, index.ErrMalformed},
 		"network":   {good, func(s *source) { s.fail = down }, down},
 		"cut tar":   {good[:len(good)/2], nil, index.ErrMalformed},

@@ -92,9 +92,7 @@ func TestProven(t *testing.T) {
 			if h.Whole() || !h.About().Unproven {
 				t.Errorf("whole: %v, %+v", h.Whole(), h.About())
 			}
-			whole := blocks(t, h.Layer)
 			readAll(t, h)
-			whole = blocks(t, h.Layer) - whole
 			if err := proof(t, h); err != nil {
 				t.Fatal(err)
 			}
