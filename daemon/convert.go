@@ -127,6 +127,9 @@ func (c *converting) check() (err error) {
 	if c.name, err = image.ParseName(c.Ref); err != nil {
 		return err
 	}
+	if c.name.Familiar() == c.from.Familiar() && !c.Force {
+		return fmt.Errorf("%s would hide the image it is made of: choose another name, or --force", c.name.Familiar())
+	}
 	if c.name.IsLocal() || c.name.IsID() || c.name.Digest() != "" {
 		return fmt.Errorf("%s: an image is converted to a name and a tag", c.Ref)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -65,7 +66,7 @@ type IndexRemoval struct {
 // image if asked.
 func (d *Daemon) Index(ctx context.Context, o IndexOptions, n note) (*Indexed, error) {
 	const least = 64 << 10
-	if o.SpanSize < 0 || o.SpanSize > 0 && o.SpanSize < least || o.MinLayerSize < 0 {
+	if o.SpanSize < 0 || o.SpanSize > 0 && o.SpanSize < least {
 		return nil, fmt.Errorf("a span of %d bytes: want at least %d%w", o.SpanSize, least, silent{errUsage})
 	}
 	im, err := d.resolve(ctx, o.ImageOptions, n)
@@ -75,6 +76,9 @@ func (d *Daemon) Index(ctx context.Context, o IndexOptions, n note) (*Indexed, e
 	defer im.close()
 	if o.Push && (im.name.IsLocal() || im.name.IsID()) {
 		return nil, fmt.Errorf("push the indexes of %s: it is in no registry%w", im.name.Familiar(), silent{errUsage})
+	}
+	if _, err := im.diffIDs(); err != nil { // another platform's, say: before anything is read
+		return nil, fmt.Errorf("index %s: %w", im.name.Familiar(), err)
 	}
 	m := im.manifest
 	out := &Indexed{Image: im.name.Familiar(), Digest: m.Digest.String(), Layers: make([]IndexedLayer, len(m.Layers))}
@@ -249,21 +253,26 @@ func (d *Daemon) RemoveIndexes(ctx context.Context, o IndexRemoval) ([]string, e
 		return nil, err
 	}
 	defer im.close()
+	refs, err := d.registries.Referrers(ctx, im.name, d.imageOptions(o.ImageOptions), im.manifest.Digest, bundleIndexType, soci.TypeIndexV1)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]string, len(refs))
+	for i, r := range refs {
+		all[i] = r.Digest.String()
+	}
 	digests := o.Digests
 	if len(digests) == 0 {
-		all, err := d.Indexes(ctx, o.ImageOptions)
-		if err != nil {
-			return nil, err
-		}
-		for _, x := range all {
-			digests = append(digests, x.Digest)
-		}
+		digests = all
 	}
 	removed := []string{}
 	for _, s := range digests {
 		id, err := digest.Parse(s)
 		if err != nil {
 			return removed, fmt.Errorf("%q: %w%w", s, err, silent{errUsage})
+		}
+		if !slices.Contains(all, s) { // it may be the image itself, or another
+			return removed, fmt.Errorf("%s is no index of %s%w", s, im.name.Familiar(), silent{image.ErrNotFound})
 		}
 		if err := d.registries.DeleteReferrer(ctx, im.name, d.imageOptions(o.ImageOptions), im.manifest.Digest, id); err != nil {
 			return removed, err

@@ -145,7 +145,7 @@ func (p *preparation) indexError(err error) error {
 // whole reads a layer from its first byte to its last and checks what its manifest
 // and config say of it.
 func (p *preparation) whole(r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, About, error) {
-	l, res, format, err := scan(r, sink, o)
+	l, res, format, err := scan(p.ctx, r, sink, o)
 	if err != nil {
 		return nil, About{}, err
 	}
@@ -163,7 +163,7 @@ func (p *preparation) whole(r io.Reader, sink tarscan.Sink, o tarscan.Options) (
 }
 
 // scan streams a layer's blob into sink and names its format.
-func scan(r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, tarscan.Result, string, error) {
+func scan(ctx context.Context, r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, tarscan.Result, string, error) {
 	br := bufio.NewReaderSize(r, blockSize)
 	first, _ := br.Peek(4) // what is wrong with it, the scan will find
 	c := tarscan.Detect(first)
@@ -171,7 +171,7 @@ func scan(r io.Reader, sink tarscan.Sink, o tarscan.Options) (*index.Layer, tars
 	if c != tarscan.Plain {
 		format += "+" + c.String()
 	}
-	l, res, err := tarscan.Scan(br, c, sink, o)
+	l, res, err := tarscan.Scan(ctx, br, c, sink, o)
 	return l, res, format, err
 }
 
@@ -188,7 +188,7 @@ func (l *Layer) restream(frames []int) {
 		}
 		r := l.open(blob, 0, blob.Size())
 		var res tarscan.Result
-		_, res, _, err = scan(r, missingOnly{l, frames}, tarscan.Options{})
+		_, res, _, err = scan(l.ctx, r, missingOnly{l, frames}, tarscan.Options{})
 		r.Close()
 		if err == nil && res.Digest.String() != l.Digest {
 			l.f.m.VerifyFailures.WithLabelValues("layer").Inc()

@@ -143,7 +143,7 @@ func (l *Layer) prove(diffIDs []func() (string, error)) error {
 	in := &padded{r: index.Rebuild(l.frames, l.data.File()), sum: sha256.New(), want: want}
 	var skeleton bytes.Buffer
 	same := &comparing{ctx: l.ctx, data: l.data.File()}
-	got, res, err := tarscan.Scan(in, tarscan.Plain, same, tarscan.Options{Skeleton: &skeleton})
+	got, res, err := tarscan.Scan(l.ctx, in, tarscan.Plain, same, tarscan.Options{Skeleton: &skeleton})
 	if errors.Is(err, index.ErrMalformed) {
 		return fmt.Errorf("%w: %w", errIndex, err)
 	}

@@ -29,6 +29,9 @@ func (a *app) indexCmd() *cobra.Command {
 				to          *int64
 			}{{"span-size", span, &o.SpanSize}, {"min-layer-size", least, &o.MinLayerSize}} {
 				n, err := units.RAMInBytes(f.value)
+				if err == nil && n < 0 {
+					err = fmt.Errorf("%q is too much", f.value)
+				}
 				if err != nil {
 					return usageError{fmt.Errorf("--%s: %w", f.flag, err)}
 				}

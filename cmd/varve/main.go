@@ -117,14 +117,14 @@ func newRoot() *cobra.Command {
 		a.diffCmd(), a.commitCmd(), a.exportCmd(), a.saveCmd(), a.pushCmd(), a.convertCmd(), a.cpCmd(),
 		a.daemonCmd(), a.versionCmd(), a.demoCmd())
 	wrapArgs(root)
-	for _, c := range root.Commands() {
-		wrapArgs(c)
-	}
 	return root
 }
 
-// wrapArgs makes a wrong number of arguments a usage error.
+// wrapArgs makes a wrong number of arguments a usage error, of all verbs below c too.
 func wrapArgs(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		wrapArgs(sub)
+	}
 	check := c.Args
 	if check == nil {
 		return

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -227,7 +228,7 @@ func check(t *testing.T, ztoc, blob, tarball []byte) *Layer {
 	if err := covers(l); err != nil {
 		t.Fatal(err)
 	}
-	want, _, err := tarscan.Scan(bytes.NewReader(tarball), tarscan.Plain, discard{}, tarscan.Options{})
+	want, _, err := tarscan.Scan(context.Background(), bytes.NewReader(tarball), tarscan.Plain, discard{}, tarscan.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

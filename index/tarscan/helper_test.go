@@ -3,6 +3,7 @@ package tarscan
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"io"
 	"os"
@@ -140,7 +141,7 @@ func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
 func checkSpan(t *testing.T, blob, tarball []byte, c Compression, span int64) *index.Layer {
 	t.Helper()
 	sink, skeleton, passed := &memory{}, &bytes.Buffer{}, &passing{}
-	l, res, err := Scan(bytes.NewReader(blob), c, sink, Options{Span: span, DigestSpan: 3 * span, Skeleton: skeleton, Passing: passed})
+	l, res, err := Scan(context.Background(), bytes.NewReader(blob), c, sink, Options{Span: span, DigestSpan: 3 * span, Skeleton: skeleton, Passing: passed})
 	if err != nil {
 		t.Fatal(err)
 	}

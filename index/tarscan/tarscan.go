@@ -97,13 +97,14 @@ type Result struct {
 // blob is cut into frames at points that are made on the way, from which each can
 // be decompressed by itself.
 //
-// r is read until Scan returns and no longer. Errors wrap [index.ErrMalformed]
+// r is read until Scan returns and no longer. What ctx ends is more than reading: a
+// small blob can decompress for long. Errors wrap [index.ErrMalformed]
 // unless r, sink or what is in o failed.
-func Scan(r io.Reader, c Compression, sink Sink, o Options) (*index.Layer, Result, error) {
+func Scan(ctx context.Context, r io.Reader, c Compression, sink Sink, o Options) (*index.Layer, Result, error) {
 	if c > Zstd {
 		return nil, Result{}, fmt.Errorf("scan layer: %s", c)
 	}
-	g, ctx := errgroup.WithContext(context.Background())
+	g, ctx := errgroup.WithContext(ctx)
 	s := &scanner{
 		ctx: ctx, sink: sink, c: c, b: index.NewBuilder(index.Stream), passing: o.Passing,
 		proofs: make(chan proof, depth),
@@ -233,9 +234,16 @@ func (s *scanner) scan(bufs <-chan *buffer) error {
 			}
 		}
 	}
-	_, err := io.Copy(io.Discard, s.in)
+	n, err := io.Copy(io.Discard, io.LimitReader(s.in, maxTrailing+1))
+	if n > maxTrailing {
+		return fmt.Errorf("%w: more than %d bytes follow the end of the tar", index.ErrMalformed, int64(maxTrailing))
+	}
 	return err
 }
+
+// maxTrailing bounds what may follow a tar's end. Writers pad to a record, of some
+// KiB mostly.
+const maxTrailing = 64 << 20
 
 // bad says what is wrong with a tar after n entries.
 func (s *scanner) bad(n int, err error) error {

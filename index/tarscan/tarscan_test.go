@@ -3,6 +3,7 @@ package tarscan
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -131,7 +132,7 @@ func TestEmpty(t *testing.T) {
 			}
 		})
 	}
-	if _, _, err := Scan(bytes.NewReader(nil), Gzip, &memory{}, Options{}); !errors.Is(err, index.ErrMalformed) {
+	if _, _, err := Scan(context.Background(), bytes.NewReader(nil), Gzip, &memory{}, Options{}); !errors.Is(err, index.ErrMalformed) {
 		t.Errorf("gzip of nothing: %v", err)
 	}
 }
@@ -204,7 +205,7 @@ func TestRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := runtime.NumGoroutine()
-			_, _, err := Scan(bytes.NewReader(tc.blob), tc.c, &memory{}, Options{})
+			_, _, err := Scan(context.Background(), bytes.NewReader(tc.blob), tc.c, &memory{}, Options{})
 			if !errors.Is(err, index.ErrMalformed) || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("got %v, want %q", err, tc.want)
 			}
@@ -251,14 +252,14 @@ func TestOthersFail(t *testing.T) {
 		before := runtime.NumGoroutine()
 		for _, at := range []int{0, 300, len(blob) / 2, len(blob)} {
 			r := io.MultiReader(bytes.NewReader(blob[:at]), iotest.ErrReader(gone))
-			if _, _, err := Scan(r, c, &memory{}, Options{}); !errors.Is(err, gone) || errors.Is(err, index.ErrMalformed) {
+			if _, _, err := Scan(context.Background(), r, c, &memory{}, Options{}); !errors.Is(err, gone) || errors.Is(err, index.ErrMalformed) {
 				t.Errorf("%v: reader fails at %d: %v", c, at, err)
 			}
 		}
-		if _, _, err := Scan(bytes.NewReader(blob), c, &memory{err: full}, Options{}); !errors.Is(err, full) || errors.Is(err, index.ErrMalformed) {
+		if _, _, err := Scan(context.Background(), bytes.NewReader(blob), c, &memory{err: full}, Options{}); !errors.Is(err, full) || errors.Is(err, index.ErrMalformed) {
 			t.Errorf("%v: sink fails: %v", c, err)
 		}
-		if _, _, err := Scan(iotest.HalfReader(iotest.DataErrReader(bytes.NewReader(blob))), c, &memory{}, Options{}); err != nil {
+		if _, _, err := Scan(context.Background(), iotest.HalfReader(iotest.DataErrReader(bytes.NewReader(blob))), c, &memory{}, Options{}); err != nil {
 			t.Error(err)
 		}
 		leaks(t, before)
@@ -351,7 +352,7 @@ func FuzzScan(f *testing.F) {
 		}
 		// A sparse file can be of terabytes, which would only be slow.
 		sink := &discard{}
-		l, res, err := Scan(bytes.NewReader(data), c, sink, Options{})
+		l, res, err := Scan(context.Background(), bytes.NewReader(data), c, sink, Options{})
 		if err != nil {
 			if !errors.Is(err, index.ErrMalformed) && !errors.Is(err, errLate) {
 				t.Error(err)
@@ -382,10 +383,25 @@ func BenchmarkScan(b *testing.B) {
 			b.SetBytes(int64(len(tarball)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, _, err := Scan(bytes.NewReader(blob), Detect(blob), discard{}, Options{}); err != nil {
+				if _, _, err := Scan(context.Background(), bytes.NewReader(blob), Detect(blob), discard{}, Options{}); err != nil {
 					b.Fatal(err)
 				}
 			}
 		})
+	}
+}
+
+// A small blob can decompress to zeroes without end, which nobody who gives up
+// waits for.
+func TestBomb(t *testing.T) {
+	small := indextest.Tar(t, tar.FormatPAX, members()[:3])
+	blob := gz(t, append(slices.Clone(small), make([]byte, maxTrailing+1<<20)...), 1, 1<<30)
+	if _, _, err := Scan(context.Background(), bytes.NewReader(blob), Gzip, &memory{}, Options{}); !errors.Is(err, index.ErrMalformed) || !strings.Contains(err.Error(), "follow the end") {
+		t.Errorf("got %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, _, err := Scan(ctx, bytes.NewReader(blob), Gzip, &memory{}, Options{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled: %v", err)
 	}
 }
