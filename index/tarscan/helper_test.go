@@ -130,7 +130,11 @@ func check(t *testing.T, blob, tarball []byte, c Compression) *index.Layer {
 		t.Errorf("detected %v", got)
 	}
 	var l *index.Layer
-	for _, span := range []int64{0, 100, 70_000} {
+	spans := []int64{0, 100, 70_000}
+	if len(tarball) > 1<<20 { // of the tiny ones there would be too many
+		spans = []int64{0, 300_000}
+	}
+	for _, span := range spans {
 		l = checkSpan(t, blob, tarball, c, span)
 	}
 	return l
