@@ -28,12 +28,6 @@ func told(e *Entry, layer int, nlink uint32) string {
 
 // mergedTree gives the paths of what Merge makes, and which share an inode.
 func mergedTree(layers [][]Entry) (paths map[string]string, same map[string][]string, err error) {
-	defer func() {
-		// A deferred hard link may take away the target of another.
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: Merge panics: %v", ErrMalformed, r)
-		}
-	}()
 	t, err := Merge(layers)
 	if err != nil {
 		return nil, nil, err

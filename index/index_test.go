@@ -507,3 +507,13 @@ func FuzzMerge(f *testing.F) {
 		}
 	})
 }
+
+// A hard link to a later entry may take the place of another's target.
+func TestLinkReplacesTarget(t *testing.T) {
+	reg := func(name string) Entry { return Entry{Name: name, Mode: unix.S_IFREG | 0o644} }
+	link := func(name, to string) Entry { return Entry{Name: name, Link: to, HardLink: true} }
+	_, err := Merge([][]Entry{{link("p", "z"), link("y", "p/q"), reg("p/q"), reg("z")}})
+	if !errors.Is(err, ErrMalformed) {
+		t.Errorf("got %v", err)
+	}
+}
