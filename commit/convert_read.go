@@ -145,7 +145,7 @@ const maxSpool = index.MaxDataSize + index.MaxEntries<<12
 // spool writes the tar to a file without a name in dir, and proves it. Zeroes take
 // no room in it.
 func (s *layerStream) spool(dir string) (_ *spooled, err error) {
-	f, err := os.CreateTemp(dir, "convert-")
+	f, err := nameless(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -154,9 +154,6 @@ func (s *layerStream) spool(dir string) (_ *spooled, err error) {
 			f.Close()
 		}
 	}()
-	if err := os.Remove(f.Name()); err != nil {
-		return nil, err
-	}
 	var size int64
 	buf, zeroes := make([]byte, 256<<10), make([]byte, 256<<10)
 	for {

@@ -296,7 +296,7 @@ func sparse(t testing.TB, format string) []byte {
 	}
 	raw, err := exec.Command("tar", "-S", "--format="+format, "-C", dir, "-cf", "-", "holes", "after").Output()
 	if err != nil {
-		t.Skip("GNU tar: ", err)
+		t.Skip("no GNU tar that writes sparse files: scripts/deps installs it: ", err)
 	}
 	if len(raw) > 1<<20 {
 		t.Fatal("it is not sparse")

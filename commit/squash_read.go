@@ -20,9 +20,22 @@ import (
 	"github.com/varvefs/varve/index"
 )
 
+// nameless gives a file of dir that has no name and so goes with its descriptor.
+func nameless(dir string) (*os.File, error) {
+	f, err := os.CreateTemp(dir, "tar-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 // unpackTar decompresses a layer into a file of dir that has no name.
 func unpackTar(ctx context.Context, b Blob, dir string) (_ *os.File, err error) {
-	f, err := os.CreateTemp(dir, "squash-")
+	f, err := nameless(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -31,9 +44,6 @@ func unpackTar(ctx context.Context, b Blob, dir string) (_ *os.File, err error) 
 			f.Close()
 		}
 	}()
-	if err := os.Remove(f.Name()); err != nil {
-		return nil, err
-	}
 	r, done, err := decompress(io.NewSectionReader(b.ReaderAt, 0, b.Size))
 	if err != nil {
 		return nil, err

@@ -82,7 +82,7 @@ func TestSquash(t *testing.T) {
 				unpackLayer(t, squashed, image, true) // the chain does not know what the base has
 				sameTrees(t, "the mount, and the squashed layer over the base", look(t, merged), look(t, image))
 			}
-			names, err := filepath.Glob(filepath.Join(base, "squash-*"))
+			names, err := filepath.Glob(filepath.Join(base, "tar-*"))
 			if err != nil || len(names) > 0 {
 				t.Errorf("left behind: %q %v", names, err)
 			}

@@ -90,7 +90,7 @@ func (g *Growing) pass(l *growLayer, e *Entry) error {
 // can, and settles it after the last.
 func (g *Growing) advance(l *growLayer) error {
 	if l.blocked >= 0 {
-		defer l.signal() // of what it waits for now
+		defer l.signal() // of what it waits for by then
 	}
 	l.blocked = -1
 	for len(l.queue) > 0 {
