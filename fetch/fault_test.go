@@ -114,9 +114,15 @@ func TestFaults(t *testing.T) {
 
 func ptr[T any](v T) *T { return &v }
 
-// forgive ends the time in which a failed frame is not asked for.
+// forgive ends the time in which a failed frame is not asked for, when all that is
+// on its way has failed: a reader returns at the first.
 func forgive(h *Handle) {
 	h.mu.Lock()
+	for len(h.flights) > 0 {
+		h.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		h.mu.Lock()
+	}
 	defer h.mu.Unlock()
 	clear(h.failed)
 }
