@@ -341,7 +341,7 @@ func TestCorruptChunk(t *testing.T) {
 
 // TestLargeFrame reads a frame that is too large to be held in memory.
 func TestLargeFrame(t *testing.T) {
-	l := makeChunked(t, forms.EStargz, []file{{"a", noise(10, 1)}, {"large", noise(wholeFrame+1<<20, 2)}, {"z", noise(10, 3)}}, 1<<30)
+	l := makeChunked(t, forms.EStargz, []file{{"a", noise(10, 1)}, {"large", noise(wholePiece+9<<20, 2)}, {"z", noise(10, 3)}}, 1<<30)
 	for name, test := range map[string]struct {
 		spoil    []*link.Fault
 		patience Patience

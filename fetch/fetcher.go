@@ -42,8 +42,9 @@ type Fetcher struct {
 	m        *metrics.Metrics
 	log      *slog.Logger
 	patience Patience
-	atLeast  int64         // see Config
-	cpu      chan struct{} // one token for each core that decompresses
+	schedule *schedule
+	memory   *budget
+	cores    *cores
 	opening  singleflight.Group
 
 	turns *turns
@@ -64,16 +65,21 @@ type Config struct {
 	Metrics  *metrics.Metrics
 	Log      *slog.Logger
 	Patience Patience
-	// AtLeast is how many bytes of a blob a miss brings at least, where its frames
-	// are parts of a stream; 0 for what suits a slow link, less for one frame.
-	AtLeast int64
+	// BackgroundRate is how many bytes a second the background may bring, 0 for no
+	// limit, and BackgroundHours when.
+	BackgroundRate  int64
+	BackgroundHours Hours
+	// Memory is how many bytes of frames are held at a time, 24 MiB at least.
+	Memory int64
 }
 
 // New gives a Fetcher. Close it.
 func New(c Config) *Fetcher {
+	memory := newBudget(c.Memory)
 	f := &Fetcher{
-		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience, atLeast: c.AtLeast,
-		cpu: make(chan struct{}, runtime.GOMAXPROCS(0)), turns: newTurns(), layers: map[string]*Layer{}, passes: map[string]*Pass{},
+		store: c.Store, m: c.Metrics, log: c.Log, patience: c.Patience,
+		schedule: newSchedule(c, memory), memory: memory, cores: &cores{free: runtime.GOMAXPROCS(0)},
+		turns: newTurns(), layers: map[string]*Layer{}, passes: map[string]*Pass{},
 	}
 	f.opened.Go(f.openAll)
 	return f
@@ -92,6 +98,7 @@ type Request struct {
 	// Progress, if not nil, is told what takes its time.
 	Progress func(format string, args ...any)
 	Blob     Blob // nil when the network may not be asked
+	NoAhead  bool // nothing is fetched but what is asked for, by this one
 
 	// Index says what may be used to read a layer that is not here: auto or "",
 	// anything; none, nothing, so that it is read whole; require, anything but
@@ -246,7 +253,7 @@ func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Handle{Layer: l, blob: q.Blob, diffID: q.DiffID}
+	h := &Handle{Layer: l, blob: q.Blob, diffID: q.DiffID, noAhead: q.NoAhead}
 	if q.Blob != nil {
 		l.mu.Lock()
 		clear(l.failed) // this one may have what the others had not
@@ -387,7 +394,8 @@ func (l *Layer) documents() error {
 	}
 	l.about.Store(about)
 	l.byFrame = about.ByFrame
-	l.group, l.hollows = l.grouping(l.f.atLeast), l.countHollow()
+	l.hollows = l.countHollow()
+	l.ahead.asked, l.ahead.unread = newBitmap(n), newBitmap(n)
 	l.data, err = l.f.store.Open(l.Key, size, n)
 	return err
 }

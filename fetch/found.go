@@ -14,6 +14,9 @@ import (
 	"github.com/varvefs/varve/index/soci"
 )
 
+// maxSpan is the largest span of an index that others made, compressed.
+const maxSpan = 64 << 20
+
 // ErrNoIndex says that a layer has no index where one is required.
 var ErrNoIndex = errors.New("the layer has no index")
 

@@ -257,7 +257,7 @@ func on(t testing.TB, dir string, p Patience) *machine {
 		t.Fatal(err)
 	}
 	reg := prometheus.NewRegistry()
-	f := New(Config{Store: st, Metrics: metrics.New(reg), Log: slog.New(slog.DiscardHandler), Patience: p, AtLeast: -1})
+	f := New(Config{Store: st, Metrics: metrics.New(reg), Log: slog.New(slog.DiscardHandler), Patience: p})
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil {
 			t.Error(err)
@@ -273,9 +273,11 @@ func (m *machine) close(t testing.TB) {
 	}
 }
 
-// request names the layer as it is had from the origins, or not at all.
+// request names the layer as it is had from the origins, or not at all. Nothing is
+// fetched but what is asked for.
 func (m *machine) request(l *layer, origins ...Origin) Request {
 	q := l.Request
+	q.NoAhead = true
 	q.DiffID = func() (string, error) { return l.diffID, nil }
 	if len(origins) > 0 {
 		q.Blob = NewRemote(l.Size, m.m, origins...)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"slices"
 	"sync"
@@ -44,15 +45,17 @@ type Layer struct {
 	frames  *index.Frames
 	points  *index.Points // nil where no frame needs one
 	byFrame bool          // see About
-	group   int           // how many frames are fetched at once
+	ahead   ahead         // what is fetched besides what is asked for
 	hollows int           // frames without contents, of a layer that is not proven
 	maps    [][]byte      // the mappings that frames and points read from
 	data    *store.Data
 	wrong   atomic.Pointer[error] // why nothing of it may be read any more
 	proving atomic.Bool           // someone proves it, or has tried
-	ctx     context.Context       // ends when the layer is closed
-	cancel  context.CancelFunc
-	runs    sync.WaitGroup
+
+	recordings atomic.Pointer[[]*recording] // changed under mu
+	ctx        context.Context              // ends when the layer is closed
+	cancel     context.CancelFunc
+	runs       sync.WaitGroup
 
 	// Gates are held by who reads the data file, and all of them by who drops
 	// frames: the layer's own, and those of its passes. steady is held for longer, by
@@ -71,8 +74,9 @@ type Layer struct {
 // asked for what the layer misses.
 type Handle struct {
 	*Layer
-	blob   Blob
-	diffID func() (string, error)
+	blob    Blob
+	diffID  func() (string, error)
+	noAhead bool // see Request
 }
 
 // About says how the layer is read.
@@ -87,8 +91,10 @@ func (h *Handle) Close() {
 
 // flight is a frame on its way: once however many wait for it.
 type flight struct {
-	done chan struct{}
-	err  error // set before done is closed
+	done  chan struct{}
+	trip  *trip // that brings it, nil where nobody can hurry it
+	ahead bool  // nobody waited for it when it began
+	err   error // set before done is closed
 }
 
 type failure struct {
@@ -135,11 +141,20 @@ func (l *Layer) Ensure(off, n int64) error {
 	if wrong := l.wrong.Load(); wrong != nil {
 		return *wrong
 	}
+	l.note(off, n)
 	from, to := l.frames.PiecesIn(off, n)
+	missing, unseen := false, false
 	for i := from; i < to; i++ {
-		if !l.data.Present(l.frames.FrameOf(i)) {
-			return l.fetch(from, to)
-		}
+		f := l.frames.FrameOf(i)
+		missing = missing || !l.data.Present(f)
+		unseen = unseen || !l.ahead.asked.has(f)
+	}
+	var besides []int
+	if unseen {
+		besides = l.see(from, to, missing)
+	}
+	if missing {
+		return l.fetch(from, to, besides)
 	}
 	return nil
 }
@@ -174,38 +189,50 @@ func (l *Layer) has(off, n int64) bool {
 	return true
 }
 
-// fetch brings the frames of pieces [from, to).
-func (l *Layer) fetch(from, to int) error {
-	var missing []int
+// fetch brings the frames of pieces [from, to), and with them those of besides that
+// nobody brings yet.
+func (l *Layer) fetch(from, to int, besides []int) error {
+	for {
+		missing := l.missing(from, to)
+		waits, claimed, err := l.claim(missing, besides)
+		if err != nil {
+			return err
+		}
+		if len(claimed) > 0 {
+			l.start(claimed)
+		}
+		again := false
+		for _, w := range waits {
+			<-w.done
+			if w.err != nil && !w.ahead {
+				return w.err
+			}
+			again = again || w.err != nil // who fetched it ahead of need gave up
+		}
+		if !again {
+			return nil
+		}
+		besides = nil
+	}
+}
+
+// missing gives the frames of pieces [from, to) that are not here, ascending.
+func (l *Layer) missing(from, to int) (missing []int) {
 	for i := from; i < to; i++ {
 		if f := l.frames.FrameOf(i); !l.data.Present(f) {
 			missing = append(missing, f)
 		}
 	}
 	slices.Sort(missing)
-	missing = slices.Compact(missing)
-	waits, claimed, err := l.claim(missing, l.neighbours(missing))
-	if err != nil {
-		return err
-	}
-	if len(claimed) > 0 {
-		l.start(claimed)
-	}
-	for _, w := range waits {
-		<-w.done
-		if w.err != nil {
-			return w.err
-		}
-	}
-	return nil
+	return slices.Compact(missing)
 }
 
 // claim joins the flights of frames that are on their way and begins those of
 // the others, which the caller must start.
 //
-// Frames that come along are begun where nobody brings them yet; who asked does not
-// wait for them.
-func (l *Layer) claim(frames, along []int) (waits []*flight, claimed []int, err error) {
+// Frames that come besides are begun where nobody brings them yet; who asked does
+// not wait for them.
+func (l *Layer) claim(frames, besides []int) (waits []*flight, claimed []int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.ctx.Err() != nil {
@@ -229,21 +256,27 @@ func (l *Layer) claim(frames, along []int) (waits []*flight, claimed []int, err 
 			l.flights[f] = w
 			claimed = append(claimed, f)
 		}
+		w.trip.raise()
 		waits = append(waits, w)
 	}
 	if len(claimed) > 0 {
-		for _, f := range along {
-			if _, bad := l.failed[f]; !bad && l.flights[f] == nil && !l.data.Present(f) {
-				l.flights[f] = &flight{done: make(chan struct{})}
-				claimed = append(claimed, f)
-			}
-		}
+		claimed = append(claimed, l.claimFree(besides, nil)...)
 		slices.Sort(claimed)
-	}
-	if len(claimed) > 0 {
 		l.runs.Add(1) // under the lock, so that close cannot have begun to wait
 	}
 	return waits, claimed, nil
+}
+
+// claimFree begins the flights of those of frames that are neither here nor on
+// their way, and did not just fail: nobody waits for them. The caller holds mu.
+func (l *Layer) claimFree(frames []int, t *trip) (claimed []int) {
+	for _, f := range frames {
+		if _, bad := l.failed[f]; !bad && l.flights[f] == nil && !l.data.Present(f) {
+			l.flights[f] = &flight{done: make(chan struct{}), trip: t, ahead: true}
+			claimed = append(claimed, f)
+		}
+	}
+	return claimed
 }
 
 // claimRest claims every frame that is neither present nor on its way: a blob
@@ -255,32 +288,39 @@ func (l *Layer) claimRest(scan bool) (claimed []int) {
 	n, _, _ := l.frames.Len()
 	for f := range n {
 		if l.flights[f] == nil && !l.data.Present(f) && (scan || l.frames.Frame(f).Kind != index.Stream) {
-			l.flights[f] = &flight{done: make(chan struct{})}
+			l.flights[f] = &flight{done: make(chan struct{}), ahead: true}
 			claimed = append(claimed, f)
 		}
 	}
 	return claimed
 }
 
-// land ends a frame's flight.
-func (l *Layer) land(frame int, err error) {
-	if err == nil {
-		l.data.SetPresent(frame)
+// land ends the flights of frames.
+func (l *Layer) land(err error, frames ...int) {
+	for _, f := range frames {
+		if err == nil {
+			l.data.SetPresent(f)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	w := l.flights[frame]
-	delete(l.flights, frame)
-	if err != nil {
-		// A short memory keeps readers that try again and again from making a
-		// storm of requests.
-		if len(l.failed) > 1024 {
-			clear(l.failed)
+	for _, f := range frames {
+		w := l.flights[f]
+		delete(l.flights, f)
+		switch {
+		case err == nil && w.ahead:
+			l.unread(f)
+		case err != nil && !w.ahead:
+			// A short memory keeps readers that try again and again from making a
+			// storm of requests.
+			if len(l.failed) > 1024 {
+				clear(l.failed)
+			}
+			l.failed[f] = failure{err, time.Now().Add(time.Second)}
 		}
-		l.failed[frame] = failure{err, time.Now().Add(time.Second)}
+		w.err = err
+		close(w.done)
 	}
-	w.err = err
-	close(w.done)
 	if err == nil && l.data.Missing() <= l.hollows {
 		l.proveSoon()
 	}
@@ -291,37 +331,74 @@ func (l *Layer) land(frame int, err error) {
 func (l *Layer) start(claimed []int) {
 	go func() {
 		defer l.runs.Done()
-		claimed = slices.DeleteFunc(claimed, func(f int) bool {
-			ok := l.fromDisk(f)
-			if ok {
-				l.land(f, nil)
-			}
-			return ok
-		})
-		// What only a scan of the blob can give takes one, wherever it lies.
-		slices.SortStableFunc(claimed, func(a, b int) int {
-			return cmp.Compare(l.frames.Frame(a).Kind, l.frames.Frame(b).Kind)
-		})
 		var wg sync.WaitGroup
-		for len(claimed) > 0 {
-			n := l.adjacent(claimed)
-			run := claimed[:n]
-			claimed = claimed[n:]
-			wg.Go(func() { l.run(run) })
+		defer wg.Wait()
+		for run := range l.split(l.elsewhere(claimed), 0) {
+			wg.Go(func() {
+				t := l.depart(run)
+				defer t.end()
+				l.run(run, t)
+			})
 		}
-		wg.Wait()
 	}()
 }
 
+// depart begins a trip for frames that somebody waits for.
+func (l *Layer) depart(frames []int) *trip {
+	if blob, err := l.blob(); err != nil || !remote(blob) {
+		return nil
+	}
+	t, _ := l.f.schedule.begin(l.ctx, Demand, l.bytes(frames), nil) // who is waited for does not wait
+	return t
+}
+
+// bytes gives how much of the blob frames are.
+func (l *Layer) bytes(frames []int) (n int64) {
+	for _, f := range frames {
+		n += l.frames.Frame(f).Length
+	}
+	return n
+}
+
+// elsewhere lands those of claimed frames that this machine has, and gives the
+// others, those last that only a scan of the blob brings, wherever it lies.
+func (l *Layer) elsewhere(claimed []int) []int {
+	claimed = slices.DeleteFunc(claimed, func(f int) bool {
+		ok := l.fromDisk(f)
+		if ok {
+			l.land(nil, f)
+		}
+		return ok
+	})
+	slices.SortStableFunc(claimed, func(a, b int) int {
+		return cmp.Compare(l.frames.Frame(a).Kind, l.frames.Frame(b).Kind)
+	})
+	return claimed
+}
+
+// split gives the runs of frames that one request can bring, with gaps of at most
+// so many bytes in it.
+func (l *Layer) split(frames []int, gap int64) iter.Seq[[]int] {
+	return func(yield func([]int) bool) {
+		for len(frames) > 0 {
+			n := l.adjacent(frames, gap)
+			if !yield(frames[:n]) {
+				return
+			}
+			frames = frames[n:]
+		}
+	}
+}
+
 // adjacent counts the frames at the head of the list that one request can bring.
-func (l *Layer) adjacent(frames []int) int {
+func (l *Layer) adjacent(frames []int, gap int64) int {
 	f := l.frames.Frame(frames[0])
 	for i, n := range frames[1:] {
 		next := l.frames.Frame(n)
-		end := f.Offset + f.Length
+		between := next.Offset - (f.Offset + f.Length)
 		// A frame may begin in the byte that ends the one before it.
-		shared := next.Offset == end-1 && f.Length <= l.wholeFrame(frames[i])
-		if f.Kind != next.Kind || f.Kind != index.Stream && end != next.Offset && !shared {
+		shared := between == -1 && f.Length <= wholeFrame
+		if f.Kind != next.Kind || f.Kind != index.Stream && !shared && (between < 0 || between > gap) {
 			return i + 1
 		}
 		f = next

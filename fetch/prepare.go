@@ -81,6 +81,10 @@ func (p *preparation) section(off, n int64) ([]byte, error) {
 	r := p.reader(off, off+n)
 	r.ranged = true
 	defer r.Close()
+	if remote(p.Blob) {
+		r.trip, _ = p.schedule.begin(p.ctx, Demand, n, nil)
+		defer r.trip.end()
+	}
 	b := make([]byte, n)
 	_, err := io.ReadFull(r, b)
 	return b, err
@@ -183,10 +187,10 @@ func (l *Layer) restream(frames []int) {
 		l.f.m.LazyFallbacks.WithLabelValues("dropped").Inc()
 		frames = merge(frames, l.claimRest(true))
 		if err := l.punch(frames); err != nil {
-			l.landAll(frames, err)
+			l.land(err, frames...)
 			return
 		}
-		r := l.open(blob, 0, blob.Size())
+		r := l.open(blob, 0, blob.Size(), nil)
 		var res tarscan.Result
 		_, res, _, err = scan(l.ctx, r, missingOnly{l, frames}, tarscan.Options{})
 		r.Close()
@@ -195,7 +199,7 @@ func (l *Layer) restream(frames []int) {
 			err = fmt.Errorf("%w: the blob's digest is %s", ErrVerify, res.Digest)
 		}
 	}
-	l.landAll(frames, err)
+	l.land(err, frames...)
 }
 
 // punch clears what a pass that skips zeroes would leave as it is.

@@ -30,6 +30,13 @@ func (p Patience) orDefault() Patience {
 	return p
 }
 
+// brief is the patience for what nobody waits for: who comes to wait for it tries
+// for himself.
+func (p Patience) brief() Patience {
+	p.Stall, p.Total = p.Stall/4, p.Total/4
+	return p
+}
+
 // reader reads a range of a blob and hides what goes wrong on the way: a
 // connection that breaks, stalls or ends early is made again from where it
 // stopped. It gives up when there was no progress for Patience.Total.
@@ -40,6 +47,7 @@ type reader struct {
 	count  func(n int) // bytes that came over the network
 	retry  func()
 	ranged bool // refuse a body that begins elsewhere
+	trip   *trip
 
 	off, end int64
 	body     *body // nil between attempts
@@ -114,18 +122,24 @@ func (r *reader) attempt(p []byte) (int, error) {
 }
 
 func (r *reader) read(p []byte) (int, error) {
+	r.trip.pace(r.ctx)
 	r.body.watch.Reset(r.wait.Stall)
 	n, err := r.body.Read(p)
 	r.body.watch.Stop()
 	r.body.at += int64(n)
 	r.count(n)
+	r.trip.came(r.ctx, n)
 	return n, err
 }
 
 func (r *reader) open() error {
 	ctx, cancel := context.WithCancelCause(r.ctx)
 	watch := time.AfterFunc(r.wait.Stall, func() { cancel(errStalled) })
+	asked := time.Now()
 	rc, at, err := r.blob.Open(ctx, r.off, r.end-r.off)
+	if err == nil {
+		r.trip.answered(time.Since(asked))
+	}
 	if err == nil && at != r.off && r.ranged {
 		rc.Close()
 		err = errUnranged
@@ -189,8 +203,13 @@ func (r *reader) pause(cause error) error {
 	d := r.wait.Base << min(r.tries, 6)
 	d = d/2 + rand.N(d)
 	var se *StatusError
-	if errors.As(cause, &se) && se.RetryAfter > 0 {
-		d = se.RetryAfter
+	if errors.As(cause, &se) {
+		if se.RetryAfter > 0 {
+			d = se.RetryAfter
+		}
+		if se.Temporary() {
+			r.trip.refused(d)
+		}
 	}
 	r.tries++
 	r.retry()

@@ -14,56 +14,40 @@ import (
 	"github.com/varvefs/varve/index"
 )
 
-const (
-	// wholeFrame is up to what compressed size a frame is read into memory, so
-	// that it is decompressed beside the next one's transfer.
-	wholeFrame = 16 << 20
-	// maxSpan is the same for a span that is to be verified before it is
-	// decompressed.
-	maxSpan = 64 << 20
-)
-
-func (l *Layer) wholeFrame(n int) int64 {
-	if l.byFrame {
-		return maxSpan
-	}
-	return wholeFrame
-}
+// wholeFrame is up to what compressed size a frame is read into memory, so that it
+// is decompressed beside the next one's transfer. A larger one, which none of the
+// known writers makes, is decompressed as it comes, or from a file where it must be
+// verified first.
+const wholeFrame = 4 << 20
 
 // run brings frames that one request can bring, and lands each, come what may.
-func (l *Layer) run(frames []int) {
+func (l *Layer) run(frames []int, t *trip) {
 	if l.frames.Frame(frames[0]).Kind == index.Stream {
 		l.restream(frames)
 		return
 	}
 	blob, err := l.blob()
 	if err != nil {
-		l.landAll(frames, err)
+		l.land(err, frames...)
 		return
 	}
 	first, last := l.frames.Frame(frames[0]), l.frames.Frame(frames[len(frames)-1])
-	r := l.open(blob, first.Offset, last.Offset+last.Length)
+	r := l.open(blob, first.Offset, last.Offset+last.Length, t)
 	r.ranged = true
 	left, err := l.read(r, frames)
 	r.Close()
 	if !errors.Is(err, errUnranged) {
-		l.landAll(left, err)
+		l.land(err, left...)
 		return
 	}
 	// The whole blob comes or nothing: then let it fill all it can.
 	l.f.m.LazyFallbacks.WithLabelValues("no_range").Inc()
 	l.f.log.Warn("the registry does not serve ranges: the layer is read whole", "layer", l.Digest)
 	all := merge(left, l.claimRest(false))
-	r = l.open(blob, 0, blob.Size())
+	r = l.open(blob, 0, blob.Size(), t)
 	left, err = l.read(r, all)
 	r.Close()
-	l.landAll(left, err)
-}
-
-func (l *Layer) landAll(frames []int, err error) {
-	for _, f := range frames {
-		l.land(f, err)
-	}
+	l.land(err, left...)
 }
 
 // read takes frames, in the order of the blob, out of one body, decompresses
@@ -83,29 +67,51 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 		if f.Offset < r.off {
 			shared = last
 		}
-		if f.Length > l.wholeFrame(n) {
+		pieces := l.frames.FramePieces(n)
+		release, err := l.f.memory.take(l.ctx, r.trip.urgency(), weight(f, pieces))
+		if err != nil {
+			return frames[i:], err
+		}
+		if f.Length > wholeFrame {
 			body := &ending{r: io.MultiReader(bytes.NewReader(shared), io.LimitReader(r, f.Length-int64(len(shared))))}
-			derr := l.decode(n, body)
-			if _, err := io.Copy(io.Discard, body); err != nil {
+			derr := l.decode(f, pieces, n, body)
+			_, err := io.Copy(io.Discard, body)
+			release()
+			if err != nil {
 				return frames[i:], err
 			}
 			last = body.last
-			l.landed(n, r.spoilt, derr)
+			l.landed(n, pieces, r.spoilt, derr)
 			continue
 		}
 		buf := make([]byte, f.Length)
 		if _, err := io.ReadFull(r, buf[copy(buf, shared):]); err != nil {
+			release()
 			return frames[i:], err
 		}
 		last = buf[len(buf)-1:]
 		spoilt := r.spoilt
-		l.f.cpu <- struct{}{}
+		l.f.cores.take(r.trip.urgency())
 		wg.Go(func() {
-			defer func() { <-l.f.cpu }()
-			l.landed(n, spoilt, l.decode(n, bytes.NewReader(buf)))
+			err := l.decode(f, pieces, n, bytes.NewReader(buf))
+			l.f.cores.give()
+			release()
+			l.landed(n, pieces, spoilt, err)
 		})
 	}
 	return nil, nil
+}
+
+// weight is how much memory a frame takes on its way: its bytes, and the piece of it
+// that is decompressed.
+func weight(f index.Frame, pieces []index.Piece) (n int64) {
+	for i := range pieces {
+		n = max(n, min(pieces[i].Size, wholePiece))
+	}
+	if f.Length <= wholeFrame {
+		n += f.Length
+	}
+	return n
 }
 
 // ending keeps the last byte that was read.
@@ -122,10 +128,8 @@ func (e *ending) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// decode decompresses a frame into the data file.
-func (l *Layer) decode(n int, r io.Reader) error {
-	f := l.frames.Frame(n)
-	pieces := l.frames.FramePieces(n)
+// decode decompresses frame n into the data file.
+func (l *Layer) decode(f index.Frame, pieces []index.Piece, n int, r io.Reader) error {
 	var point index.Point
 	if f.Point > 0 {
 		var err error
@@ -134,16 +138,22 @@ func (l *Layer) decode(n int, r io.Reader) error {
 		}
 	}
 	if l.byFrame {
-		buf, ok := r.(*bytes.Reader)
-		if !ok {
-			return fmt.Errorf("%w: a span of %d bytes", index.ErrMalformed, f.Length)
+		in, done, err := l.again(r)
+		if err != nil {
+			return err
 		}
+		defer done()
 		h := sha256.New()
-		buf.WriteTo(h)
-		buf.Seek(0, io.SeekStart)
+		if _, err := io.Copy(h, in); err != nil {
+			return err
+		}
 		if sum := sumOf(h); sum != point.Digest {
 			return fmt.Errorf("%w: a span of %d bytes has sha256:%x, its index says sha256:%x", ErrVerify, f.Length, sum, point.Digest)
 		}
+		if _, err := in.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		r = in
 	}
 	sum, err := decode(r, f.Kind, point, pieces, l.data.File())
 	if err == nil {
@@ -152,56 +162,87 @@ func (l *Layer) decode(n int, r io.Reader) error {
 	return err
 }
 
+// again gives what r brings so that it can be read twice: a span that is too large
+// for memory by way of a file.
+func (l *Layer) again(r io.Reader) (_ io.ReadSeeker, done func(), err error) {
+	if in, ok := r.(io.ReadSeeker); ok {
+		return in, func() {}, nil
+	}
+	f, err := l.f.store.Temp()
+	if err != nil {
+		return nil, nil, err
+	}
+	os.Remove(f.Name())
+	if _, err = io.Copy(f, r); err == nil {
+		_, err = f.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, func() { f.Close() }, nil
+}
+
 // landed lands a frame that was read. One that does not verify is asked for once
 // more, from another origin where there is one: a proxy may have spoilt it.
-func (l *Layer) landed(n int, spoilt func(), err error) {
+func (l *Layer) landed(n int, pieces []index.Piece, spoilt func(), err error) {
 	if errors.Is(err, ErrVerify) {
 		l.f.m.VerifyFailures.WithLabelValues("chunk").Inc()
 		if l.ctx.Err() == nil {
 			spoilt()
-			if err = l.again(n); errors.Is(err, ErrVerify) {
+			if err = l.retry(n, pieces); errors.Is(err, ErrVerify) {
 				l.doubtIndex(err)
 			}
 		}
 	}
 	if err == nil {
-		l.f.m.ReadBytes.WithLabelValues("registry").Add(float64(sizeOf(l.frames.FramePieces(n))))
+		l.f.m.ReadBytes.WithLabelValues("registry").Add(float64(sizeOf(pieces)))
 	}
-	l.land(n, err)
+	l.land(err, n)
 }
 
-func (l *Layer) again(n int) error {
+func (l *Layer) retry(n int, pieces []index.Piece) error {
 	blob, err := l.blob()
 	if err != nil {
 		return err
 	}
 	f := l.frames.Frame(n)
-	r := l.open(blob, f.Offset, f.Offset+f.Length)
+	release, err := l.f.memory.take(l.ctx, Demand, weight(f, pieces))
+	if err != nil {
+		return err
+	}
+	defer release()
+	r := l.open(blob, f.Offset, f.Offset+f.Length, nil)
 	defer r.Close()
 	var in io.Reader = r
-	if f.Length <= l.wholeFrame(n) {
+	if f.Length <= wholeFrame {
 		buf := make([]byte, f.Length)
 		if _, err := io.ReadFull(r, buf); err != nil {
 			return err
 		}
 		in = bytes.NewReader(buf)
 	}
-	if err := l.decode(n, in); r.err == nil {
+	if err := l.decode(f, pieces, n, in); r.err == nil {
 		return err
 	}
 	return r.err
 }
 
-// open gives a reader of the blob that counts for this layer.
-func (l *Layer) open(blob Blob, from, to int64) *reader {
-	r := newReader(withReason(l.ctx, "demand"), blob, from, to, l.f.patience)
+// open gives a reader of the blob that counts for this layer and for a trip.
+func (l *Layer) open(blob Blob, from, to int64, t *trip) *reader {
+	reason := t.urgency().String()
+	r := newReader(withReason(l.ctx, reason), blob, from, to, l.f.patience)
+	if t.urgency() != Demand {
+		r.wait = r.wait.brief()
+	}
+	r.trip = t
 	if remote(blob) {
 		r.count = func(n int) {
 			l.data.AddFetched(int64(n))
-			l.f.m.FetchBytes.WithLabelValues("demand").Add(float64(n))
+			l.f.m.FetchBytes.WithLabelValues(reason).Add(float64(n))
 		}
 	}
-	r.retry = l.f.m.FetchRetries.WithLabelValues("demand").Inc
+	r.retry = l.f.m.FetchRetries.WithLabelValues(reason).Inc
 	return r
 }
 

@@ -22,6 +22,7 @@ type Metrics struct {
 	FetchBytes     *prometheus.CounterVec   // reason
 	FetchSeconds   *prometheus.HistogramVec // reason
 	FetchRetries   *prometheus.CounterVec   // reason
+	AheadBytes     *prometheus.CounterVec   // use: fetched, read
 	VerifyFailures *prometheus.CounterVec   // kind: chunk, layer, index
 	LazyFallbacks  *prometheus.CounterVec   // reason
 	Restores       *prometheus.CounterVec   // outcome
@@ -52,6 +53,7 @@ func New(reg prometheus.Registerer) *Metrics {
 		FetchBytes:     counter("fetch_bytes_total", "Compressed bytes received.", "reason"),
 		FetchSeconds:   histogram("fetch_duration_seconds", "Time of a request to its first byte.", seconds, "reason"),
 		FetchRetries:   counter("fetch_retries_total", "Requests made again.", "reason"),
+		AheadBytes:     counter("ahead_bytes_total", "Compressed bytes of frames that were fetched before anybody asked for them, and of those the ones that were then read.", "use"),
 		VerifyFailures: counter("verify_failures_total", "Bytes that did not match their digest.", "kind"),
 		LazyFallbacks:  counter("lazy_fallbacks_total", "Layers that had to be read whole.", "reason"),
 		Restores:       counter("restores_total", "Mounts brought back after a start.", "outcome"),
@@ -64,7 +66,7 @@ func New(reg prometheus.Registerer) *Metrics {
 	build := gauge("build_info", "What is running.", "version", "revision", "goversion")
 	build.WithLabelValues(Version, Revision(), runtime.Version()).Set(1)
 	reg.MustRegister(build, m.Mounts, m.MountSeconds, m.FuseSeconds, m.ReadBytes, m.FetchRequests,
-		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.VerifyFailures, m.LazyFallbacks, m.Restores, m.CommitSeconds, m.CommitBytes, m.PushBlobs, m.CopyUpBytes, m.CopyUpSeconds)
+		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.AheadBytes, m.VerifyFailures, m.LazyFallbacks, m.Restores, m.CommitSeconds, m.CommitBytes, m.PushBlobs, m.CopyUpBytes, m.CopyUpSeconds)
 	return m
 }
 

@@ -1,0 +1,203 @@
+package fetch
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"github.com/varvefs/varve/index"
+)
+
+// What is read of an image has neighbours that are read soon: files of a package, the
+// next pages of a library. A round trip for each would take longer than their bytes.
+// So a miss brings what lies around it, as much as has proven useful of late; and who
+// reads on and on in one place has wide ranges fetched before him. Most of a layer
+// asked for is as good as all of it.
+const (
+	firstWindow  = 256 << 10 // bytes of the blob around a miss
+	leastAround  = 32 << 10
+	mostAround   = 2 << 20
+	firstStretch = 512 << 10 // bytes of the blob before a sequential reader
+	mostStretch  = 16 << 20
+	longRead     = 256 << 10 // bytes in sequence that make a reader sequential
+	maxStreams   = 8
+)
+
+// ahead is what a layer knows of how it is read.
+type ahead struct {
+	asked  bitmap // frames that somebody asked for
+	unread bitmap // frames that were fetched ahead of need, and nobody asked for yet
+	waste  atomic.Int64
+
+	mu      sync.Mutex // guards what follows
+	bytes   int64      // compressed, of the frames that were asked for
+	around  int64      // bytes of the blob that a miss brings besides
+	brought int64      // by that, of late
+	used    int64      // of those
+	streams [maxStreams]stream
+	at      int
+	all     bool // everything is on its way
+}
+
+// stream is a reader that goes from frame to frame.
+type stream struct {
+	next    int   // the frame it will ask for
+	end     int   // the first that was not asked for ahead of it
+	read    int64 // compressed bytes, so far
+	stretch int64 // how far ahead of it is fetched
+}
+
+// Unread gives the compressed bytes of the layer that were fetched ahead of need and
+// that nobody has asked for yet.
+func (l *Layer) Unread() int64 { return l.ahead.waste.Load() }
+
+// unread counts a frame that came ahead of need, unless it was asked for meanwhile.
+func (l *Layer) unread(f int) {
+	n := l.frames.Frame(f).Length
+	l.f.m.AheadBytes.WithLabelValues("fetched").Add(float64(n))
+	if l.ahead.asked.has(f) {
+		l.f.m.AheadBytes.WithLabelValues("read").Add(float64(n))
+		return
+	}
+	if l.ahead.unread.add(f) {
+		l.ahead.waste.Add(n)
+	}
+}
+
+// see notes that pieces [from, to) are asked for, some for the first time. It gives
+// the frames that are best fetched in the same request if some of them are missing,
+// and has others fetched ahead.
+func (l *Layer) see(from, to int, miss bool) (besides []int) {
+	a := &l.ahead
+	a.mu.Lock()
+	first, last := -1, -1
+	var n int64
+	for i := from; i < to; i++ {
+		f := l.frames.FrameOf(i)
+		if !a.asked.add(f) {
+			continue
+		}
+		if last = max(last, f); first < 0 || f < first {
+			first = f
+		}
+		length := l.frames.Frame(f).Length
+		n += length
+		if a.unread.remove(f) {
+			a.waste.Add(-length)
+			a.used += length
+			l.f.m.AheadBytes.WithLabelValues("read").Add(float64(length))
+		}
+	}
+	a.bytes += n
+	if first < 0 || !l.mayAhead() {
+		a.mu.Unlock()
+		return nil
+	}
+	var wide []int
+	s := a.follow(first)
+	s.read += n
+	s.next = last + 1
+	s.end = max(s.end, s.next)
+	switch frames, _, _ := l.frames.Len(); {
+	case 2*a.bytes > l.About().Size && !a.all:
+		a.all = true
+		a.mu.Unlock()
+		l.pull()
+		return nil
+	case a.all:
+	case s.read >= longRead:
+		left := l.between(s.next, s.end)
+		if s.stretch == 0 {
+			s.stretch = firstStretch
+		} else if left >= s.stretch/2 {
+			break
+		} else {
+			s.stretch = min(2*s.stretch, mostStretch)
+		}
+		to := s.end
+		for ; to < frames && left < s.stretch; to++ {
+			left += l.frames.Frame(to).Length
+		}
+		wide = l.missingIn(s.end, to)
+		s.end = to
+	case miss:
+		a.adapt()
+		low, high := first-1, last+1
+		var fwd, back int64
+		for ; high < frames && fwd < a.around*2/3; high++ {
+			fwd += l.frames.Frame(high).Length
+		}
+		for ; low >= 0 && back < a.around/3; low-- {
+			back += l.frames.Frame(low).Length
+		}
+		besides = l.missingIn(last+1, high)
+		wide = l.missingIn(low+1, first)
+		s.end = max(s.end, high)
+		a.brought += l.bytes(besides) + l.bytes(wide)
+	}
+	a.mu.Unlock()
+	if len(wide) > 0 {
+		l.fetchAhead(wide)
+	}
+	return besides
+}
+
+// adapt lets more come with a miss while that is read, and less while it is not.
+func (a *ahead) adapt() {
+	if a.around == 0 {
+		a.around = firstWindow
+	}
+	if a.brought < 4*a.around {
+		return
+	}
+	switch {
+	case 3*a.used > a.brought:
+		a.around = min(2*a.around, mostAround)
+	case 8*a.used < a.brought:
+		a.around = max(a.around/2, leastAround)
+	}
+	a.brought, a.used = a.brought/2, a.used/2
+}
+
+// follow gives the stream that a read of frame f goes on, else a new one in the
+// place of the oldest.
+func (a *ahead) follow(f int) *stream {
+	for i := range a.streams {
+		if s := &a.streams[i]; s.read > 0 && f >= s.next && f <= s.next+1 {
+			return s
+		}
+	}
+	a.at = (a.at + 1) % maxStreams
+	a.streams[a.at] = stream{next: f, end: f}
+	return &a.streams[a.at]
+}
+
+// between gives the compressed bytes of frames [from, to).
+func (l *Layer) between(from, to int) (n int64) {
+	for f := from; f < to; f++ {
+		n += l.frames.Frame(f).Length
+	}
+	return n
+}
+
+// missingIn gives those of frames [from, to) that are missing and that a range brings.
+func (l *Layer) missingIn(from, to int) (frames []int) {
+	for f := from; f < to; f++ {
+		if !l.data.Present(f) && l.frames.Frame(f).Kind != index.Stream {
+			frames = append(frames, f)
+		}
+	}
+	return frames
+}
+
+// mayAhead reports whether one who has the layer open wants more to be fetched than
+// is asked for, by a network.
+func (l *Layer) mayAhead() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.sources {
+		if !h.noAhead && remote(h.blob) {
+			return true
+		}
+	}
+	return false
+}
