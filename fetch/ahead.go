@@ -9,17 +9,20 @@ import (
 
 // What is read of an image has neighbours that are read soon: files of a package, the
 // next pages of a library. A round trip for each would take longer than their bytes.
-// So a miss brings what lies around it, as much as has proven useful of late; and who
-// reads on and on in one place has wide ranges fetched before him. Most of a layer
-// asked for is as good as all of it.
+// So a miss brings what lies around it. How much is a matter of economy: every read
+// that finds its bytes here saves a round trip, which is worth as many bytes as the
+// link would have brought meanwhile; what is brought and not read costs its own. And
+// who reads on and on in one place has wide ranges fetched before him. Most of a
+// layer asked for is as good as all of it.
 const (
-	firstWindow  = 256 << 10 // bytes of the blob around a miss
-	leastAround  = 32 << 10
-	mostAround   = 2 << 20
+	usualAround  = 1.0 // of what fills the link
+	leastAround  = 0.25
+	mostAround   = 3.0
 	firstStretch = 512 << 10 // bytes of the blob before a sequential reader
 	mostStretch  = 16 << 20
 	longRead     = 256 << 10 // bytes in sequence that make a reader sequential
 	maxStreams   = 8
+	nearby       = 32 << 10 // a gap that one request takes along
 )
 
 // ahead is what a layer knows of how it is read.
@@ -30,9 +33,10 @@ type ahead struct {
 
 	mu      sync.Mutex // guards what follows
 	bytes   int64      // compressed, of the frames that were asked for
-	around  int64      // bytes of the blob that a miss brings besides
-	brought int64      // by that, of late
-	used    int64      // of those
+	around  float64    // how much a miss brings besides, in what fills the link
+	brought int64      // bytes that came so of late
+	used    int64      // of those, what was read
+	hits    int64      // reads that found their bytes here because of them
 	streams [maxStreams]stream
 	at      int
 	all     bool // everything is on its way
@@ -70,7 +74,7 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 	a := &l.ahead
 	a.mu.Lock()
 	first, last := -1, -1
-	var n int64
+	var n, found int64
 	for i := from; i < to; i++ {
 		f := l.frames.FrameOf(i)
 		if !a.asked.add(f) {
@@ -83,7 +87,7 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		n += length
 		if a.unread.remove(f) {
 			a.waste.Add(-length)
-			a.used += length
+			found += length
 			l.f.m.AheadBytes.WithLabelValues("read").Add(float64(length))
 		}
 	}
@@ -94,6 +98,12 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 	}
 	var wide []int
 	s := a.follow(first)
+	if s.stretch == 0 && found > 0 {
+		a.used += found
+		if !miss {
+			a.hits++
+		}
+	}
 	s.read += n
 	s.next = last + 1
 	s.end = max(s.end, s.next)
@@ -120,13 +130,13 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		wide = l.missingIn(s.end, to)
 		s.end = to
 	case miss:
-		a.adapt()
+		around := a.adapt(l.f.schedule.full())
 		low, high := first-1, last+1
 		var fwd, back int64
-		for ; high < frames && fwd < a.around*2/3; high++ {
+		for ; high < frames && fwd < around*2/3; high++ {
 			fwd += l.frames.Frame(high).Length
 		}
-		for ; low >= 0 && back < a.around/3; low-- {
+		for ; low >= 0 && back < around/3; low-- {
 			back += l.frames.Frame(low).Length
 		}
 		besides = l.missingIn(last+1, high)
@@ -141,21 +151,23 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 	return besides
 }
 
-// adapt lets more come with a miss while that is read, and less while it is not.
-func (a *ahead) adapt() {
+// adapt gives how many bytes of the blob shall come with a miss, where so many fill
+// the link: more while that saves time, fewer while it costs some.
+func (a *ahead) adapt(full int64) int64 {
 	if a.around == 0 {
-		a.around = firstWindow
+		a.around = usualAround
 	}
-	if a.brought < 4*a.around {
-		return
+	if window := int64(a.around * float64(full)); a.brought < 4*window {
+		return window
 	}
-	switch {
-	case 3*a.used > a.brought:
+	switch saved, lost := a.hits*full, a.brought-a.used; {
+	case saved > lost:
 		a.around = min(2*a.around, mostAround)
-	case 8*a.used < a.brought:
+	case 4*saved < lost:
 		a.around = max(a.around/2, leastAround)
 	}
-	a.brought, a.used = a.brought/2, a.used/2
+	a.brought, a.used, a.hits = a.brought/2, a.used/2, a.hits/2
+	return int64(a.around * float64(full))
 }
 
 // follow gives the stream that a read of frame f goes on, else a new one in the

@@ -152,7 +152,7 @@ func (l *Layer) fetchAhead(frames []int) {
 				t.end()
 				return
 			}
-			l.bring(claimed, leastAround, t)
+			l.bring(claimed, nearby, t)
 		}()
 	}
 }

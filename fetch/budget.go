@@ -29,6 +29,7 @@ func newBudget(size int64) *budget {
 // take waits for n bytes. The caller calls release, once, and holds none meanwhile
 // but for frames that get on without it.
 func (b *budget) take(ctx context.Context, c Class, n int64) (release func(), err error) {
+	n = min(n, b.size/2)
 	b.waiting.Add(1)
 	defer b.waiting.Add(-1)
 	if c != Demand {

@@ -197,6 +197,13 @@ func (s *schedule) portion() int64 {
 	return s.wire.portion()
 }
 
+// full is what the link brings in a round trip, in bytes.
+func (s *schedule) full() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wire.full()
+}
+
 // refused tells that a registry has enough for so long: nothing begins meanwhile
 // that nobody waits for.
 func (t *trip) refused(d time.Duration) {

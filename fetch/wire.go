@@ -6,6 +6,7 @@ import "time"
 // and a reader waits behind it. So both are measured: how long an answer takes to
 // begin, and how much comes in a second when much is asked for.
 const (
+	leastFull    = 128 << 10
 	leastWindow  = 512 << 10
 	mostWindow   = 32 << 20
 	leastPortion = 512 << 10
@@ -65,8 +66,10 @@ func (k *wire) roundTrip() time.Duration {
 	return k.trip
 }
 
-// full is how many bytes on the wire fill the link.
-func (k *wire) full() int64 { return int64(k.rate() * k.roundTrip().Seconds()) }
+// full is how many bytes on the wire fill the link: what it brings in a round trip.
+func (k *wire) full() int64 {
+	return min(max(int64(k.rate()*k.roundTrip().Seconds()), leastFull), mostWindow)
+}
 
 // window is up to how many bytes on the wire another request may begin. It is more
 // than fills the link, or that it is faster than it was would never show.
