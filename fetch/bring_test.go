@@ -451,7 +451,7 @@ func TestRecord(t *testing.T) {
 	if err := h.Ensure(0, h.Size()); err != nil {
 		t.Fatal(err)
 	}
-	if len(r.Uses()) != len(uses) || r.Last() != last || len(h.recorded()) != 0 {
+	if len(r.Uses()) != len(uses) || r.Last() != last || len(h.recordings.all()) != 0 {
 		t.Error("it goes on after its end")
 	}
 }

@@ -25,6 +25,9 @@ type About struct {
 	Why    string // in a few words
 	DiffID string // known once the layer was read whole
 	Size   int64  // bytes of the blob
+	// Landmark is where in the blob ends what its builder wants to be fetched ahead;
+	// 0 where it says nothing, or nothing.
+	Landmark int64 `json:",omitempty"`
 
 	// Of a layer whose index others made, until it is proven.
 	Unproven     bool  `json:",omitempty"`
@@ -52,8 +55,8 @@ type Layer struct {
 	wrong   atomic.Pointer[error] // why nothing of it may be read any more
 	proving atomic.Bool           // someone proves it, or has tried
 
-	recordings atomic.Pointer[[]*recording] // changed under mu
-	ctx        context.Context              // ends when the layer is closed
+	recordings recordings
+	ctx        context.Context // ends when the layer is closed
 	cancel     context.CancelFunc
 	runs       sync.WaitGroup
 
@@ -141,7 +144,7 @@ func (l *Layer) Ensure(off, n int64) error {
 	if wrong := l.wrong.Load(); wrong != nil {
 		return *wrong
 	}
-	l.note(off, n)
+	l.recordings.note(off, n)
 	from, to := l.frames.PiecesIn(off, n)
 	missing, unseen := false, false
 	for i := from; i < to; i++ {

@@ -34,6 +34,9 @@ type Pass struct {
 	done   chan struct{}
 	gate   sync.RWMutex // see Layer.gates
 
+	recordings recordings
+	trip       *trip // nil where the blob needs no network
+
 	layer atomic.Pointer[Layer] // that has the data file, set before anybody can drop frames of it
 
 	refs  int  // guarded by Fetcher.mu
@@ -89,6 +92,9 @@ func (f *Fetcher) join(key string, q *Request, reason, why string) (*Pass, error
 	p.fd, p.data = fd, os.NewFile(uintptr(fd), "data")
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cancel = cancel
+	if remote(q.Blob) {
+		p.trip = f.schedule.enter(Profile)
+	}
 	f.passes[key] = p
 	f.m.LazyFallbacks.WithLabelValues(reason).Inc()
 	f.running.Go(func() { p.run(ctx, g, q) })
@@ -115,6 +121,7 @@ func (p *Pass) Close() {
 // and config say of it, and keeps everything.
 func (p *Pass) run(ctx context.Context, g *store.Staging, q *Request) {
 	err := p.keep(ctx, g, q)
+	p.trip.end()
 	g.Discard()
 	if err != nil {
 		err = fmt.Errorf("layer %.19s: %w", p.digest, err)
@@ -140,6 +147,7 @@ func (p *Pass) run(ctx context.Context, g *store.Staging, q *Request) {
 func (p *Pass) keep(ctx context.Context, g *store.Staging, q *Request) error {
 	pre := preparation{Fetcher: p.f, Request: *q, key: p.key, ctx: ctx}
 	r := pre.reader(0, q.Size)
+	r.trip = p.trip
 	defer r.Close()
 	var about About
 	var l *index.Layer
@@ -219,7 +227,10 @@ func (p *Pass) Watch(fn func(index.Entry)) {
 }
 
 // Want lets the pass go before those that nobody waits for.
-func (p *Pass) Want() (done func()) { return p.f.turns.want(p) }
+func (p *Pass) Want() (done func()) {
+	p.trip.raise()
+	return p.f.turns.want(p)
+}
 
 // Done is closed when the pass is over.
 func (p *Pass) Done() <-chan struct{} { return p.done }
@@ -249,6 +260,7 @@ func (p *Pass) Key() string { return p.key }
 // Hold is [Layer.Hold] of a layer that still passes: it waits for bytes that have
 // not.
 func (p *Pass) Hold(off, n int64) error {
+	p.recordings.note(off, n)
 	if err := p.wait(off + n); err != nil {
 		return err
 	}

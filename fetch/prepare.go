@@ -65,7 +65,7 @@ func (p *preparation) byTOC() error {
 		l, err = p.zstdChunked(position)
 	} else {
 		about.Format, about.Why = "estargz", "its table of contents is named by the manifest"
-		l, err = p.eStargz(toc)
+		l, about.Landmark, err = p.eStargz(toc)
 	}
 	if err != nil {
 		return err
@@ -114,28 +114,28 @@ func (p *preparation) zstdChunked(at zstdchunked.Position) (*index.Layer, error)
 
 // eStargz asks for the end of the blob, large enough that footer and table of
 // contents mostly come in one round trip, and then for what was not in it.
-func (p *preparation) eStargz(digest string) (*index.Layer, error) {
+func (p *preparation) eStargz(digest string) (*index.Layer, int64, error) {
 	n := estargz.TailSize(p.Size)
 	tail, err := p.section(p.Size-n, n)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	off, length, err := estargz.Locate(tail, p.Size)
 	if err != nil {
-		return nil, p.indexError(err)
+		return nil, 0, p.indexError(err)
 	}
 	toc := tail
 	if start := p.Size - n; off < start {
 		head, err := p.section(off, start-off)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		toc = append(head, tail...)
 	} else {
 		toc = tail[off-start:]
 	}
-	l, _, err := estargz.Read(bytes.NewReader(toc[:min(length, int64(len(toc)))]), digest, p.Size, off)
-	return l, p.indexError(err)
+	l, mark, err := estargz.Read(bytes.NewReader(toc[:min(length, int64(len(toc)))]), digest, p.Size, off)
+	return l, mark.End, p.indexError(err)
 }
 
 func (p *preparation) indexError(err error) error {

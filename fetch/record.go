@@ -3,6 +3,7 @@ package fetch
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/varvefs/varve/fetch/profile"
@@ -13,7 +14,7 @@ import (
 // mounts that share a layer are not told apart.
 type Recorder struct {
 	start  time.Time
-	layers []*recording // by place; nil where there is no layer to record
+	layers []*recording // by place; nil where nothing is recorded
 
 	mu   sync.Mutex // guards what follows
 	uses []profile.Use
@@ -22,45 +23,67 @@ type Recorder struct {
 	over bool
 }
 
-// recording is a layer as one Recorder sees it.
+// recording is a layer, or its pass, as one Recorder sees it.
 type recording struct {
 	r      *Recorder
-	layer  *Layer
+	of     *recordings
 	place  int
 	blocks bitmap // of the data file that were asked for
+}
+
+// recordings are those of one layer.
+type recordings struct {
+	mu   sync.Mutex // held to change the list
+	list atomic.Pointer[[]*recording]
+}
+
+func (rs *recordings) all() []*recording {
+	if p := rs.list.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+func (rs *recordings) change(by func([]*recording) []*recording) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	list := by(slices.Clone(rs.all()))
+	rs.list.Store(&list)
+}
+
+// note tells all who record that [off, off+n) of the data file is asked for.
+func (rs *recordings) note(off, n int64) {
+	for _, rec := range rs.all() {
+		rec.note(off, n)
+	}
 }
 
 // Record begins to note what is asked for of layers. The caller stops it.
 func (f *Fetcher) Record(layers []*Handle) *Recorder {
 	r := &Recorder{start: time.Now(), layers: make([]*recording, len(layers))}
 	for i, h := range layers {
-		if h == nil || slices.ContainsFunc(r.layers[:i], func(o *recording) bool { return o != nil && o.layer == h.Layer }) {
-			continue
+		if h != nil {
+			r.follow(i, &h.recordings, h.Size())
 		}
-		rec := &recording{r: r, layer: h.Layer, place: i, blocks: newBitmap(int(h.Size()/index.BlockSize) + 1)}
-		r.layers[i] = rec
-		h.mu.Lock()
-		h.setRecordings(append(slices.Clone(h.recorded()), rec))
-		h.mu.Unlock()
 	}
 	return r
 }
 
-func (l *Layer) recorded() []*recording {
-	if p := l.recordings.Load(); p != nil {
-		return *p
-	}
-	return nil
+// Follow has what is asked for of a layer that is still read noted too. place is its
+// place among the layers.
+func (r *Recorder) Follow(place int, p *Pass) {
+	// Nobody knows how long its data file will be.
+	const most = 20
+	r.follow(place, &p.recordings, most*p.size)
 }
 
-func (l *Layer) setRecordings(recs []*recording) { l.recordings.Store(&recs) }
-
-// note tells all who record the layer that [off, off+n) of its data file is asked
-// for.
-func (l *Layer) note(off, n int64) {
-	for _, rec := range l.recorded() {
-		rec.note(off, n)
+func (r *Recorder) follow(place int, of *recordings, size int64) {
+	if slices.ContainsFunc(r.layers[:place], func(o *recording) bool { return o != nil && o.of == of }) {
+		return // the same layer twice in an image
 	}
+	rec := &recording{r: r, of: of, place: place, blocks: newBitmap(int(size/index.BlockSize) + 1)}
+	r.layers[place] = rec
+	of.change(func(list []*recording) []*recording { return append(list, rec) })
 }
 
 func (rec *recording) note(off, n int64) {
@@ -115,13 +138,11 @@ func (r *Recorder) Last() time.Time {
 // Stop ends the recording and gives what was asked for.
 func (r *Recorder) Stop() []profile.Use {
 	for _, rec := range r.layers {
-		if rec == nil {
-			continue
+		if rec != nil {
+			rec.of.change(func(list []*recording) []*recording {
+				return slices.DeleteFunc(list, func(o *recording) bool { return o == rec })
+			})
 		}
-		l := rec.layer
-		l.mu.Lock()
-		l.setRecordings(slices.DeleteFunc(slices.Clone(l.recorded()), func(o *recording) bool { return o == rec }))
-		l.mu.Unlock()
 	}
 	r.mu.Lock()
 	r.over = true

@@ -61,8 +61,9 @@ type trip struct {
 	limit *rate.Limiter
 	begin chan struct{} // closed when it may
 
-	class  Class         // guarded by s.mu; it may become more urgent
-	left   int64         // the same
+	class  Class // guarded by s.mu; it may become more urgent
+	left   int64 // bytes that it will still bring; guarded by s.mu, as over is
+	over   bool
 	raised chan struct{} // closed when it has
 }
 
@@ -110,6 +111,16 @@ func (s *schedule) begin(ctx context.Context, c Class, n int64, limit *rate.Limi
 	return nil, context.Cause(ctx)
 }
 
+// enter begins a trip at once that has its own way of waiting its turn, such as a
+// pass over a layer: the background makes room for it, and the link is measured by it.
+func (s *schedule) enter(c Class) *trip {
+	t := &trip{s: s, class: c, begin: make(chan struct{}), raised: make(chan struct{})}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.start(t)
+	return t
+}
+
 // start lets a trip go. The caller holds mu, as for all that follows but for the
 // methods of a trip.
 func (s *schedule) start(t *trip) {
@@ -142,7 +153,7 @@ func (s *schedule) urgent() bool { return s.away[Demand]+s.away[ReadAhead]+s.awa
 func (s *schedule) finish(t *trip) {
 	s.count(t.class, -1)
 	s.left[t.class] -= t.left
-	t.left = 0
+	t.left, t.over = 0, true
 	s.dispatch()
 }
 
@@ -289,7 +300,7 @@ func (t *trip) raise() {
 	}
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
-	if t.class == Demand || t.left == 0 {
+	if t.class == Demand || t.over {
 		return
 	}
 	t.s.count(Demand, 1)
