@@ -67,11 +67,25 @@ func (l *Layer) unread(f int) {
 	}
 }
 
+// forget has a frame of so many bytes of the blob count as never seen.
+func (a *ahead) forget(f int, n int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.asked.remove(f) {
+		a.bytes -= n
+	}
+	if a.unread.remove(f) {
+		a.waste.Add(-n)
+	}
+	a.all = false
+}
+
 // see notes that pieces [from, to) are asked for, some for the first time. It gives
 // the frames that are best fetched in the same request if some of them are missing,
 // and has others fetched ahead.
 func (l *Layer) see(from, to int, miss bool) (besides []int) {
 	a := &l.ahead
+	may := l.mayAhead() // its lock is taken before this one
 	a.mu.Lock()
 	first, last := -1, -1
 	var n, found int64
@@ -92,7 +106,7 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		}
 	}
 	a.bytes += n
-	if first < 0 || !l.mayAhead() {
+	if first < 0 || !may {
 		a.mu.Unlock()
 		return nil
 	}

@@ -39,8 +39,14 @@ func (f *Fetcher) Bring(ctx context.Context, wants []Want, o Bringing) error {
 	var wg sync.WaitGroup
 	var err error
 	for _, part := range p.parts {
+		if b.away() {
+			break
+		}
 		if err = b.part(ctx, &wg, part); err != nil {
 			break
+		}
+		if b.limit != nil {
+			wg.Wait() // more at a time would not be faster
 		}
 	}
 	wg.Wait()
@@ -56,6 +62,14 @@ type bringing struct {
 
 	mu  sync.Mutex
 	err error // the first that a frame had
+}
+
+// away reports whether something was not to be had: who is away for one is so for the
+// rest, and to find that out for each takes as long as patience lasts.
+func (b *bringing) away() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return errors.Is(b.err, ErrUnavailable)
 }
 
 // part waits for a part's turn and has it brought.

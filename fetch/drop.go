@@ -29,6 +29,7 @@ func (l *Layer) Drop() (bytes int64, err error) {
 		} else if here {
 			l.data.Drop(f)
 			went[f] = true
+			l.ahead.forget(f, l.frames.Frame(f).Length)
 		}
 	}
 	// Runs of pieces that do not stay are punched with what lies between them, which

@@ -85,6 +85,9 @@ func (s *schedule) begin(ctx context.Context, c Class, n int64, limit *rate.Limi
 	if c == Background && limit == nil {
 		t.limit = s.fill
 	}
+	if t.limit != nil {
+		t.left = 0 // it does not fill the link, and must keep nobody from doing so
+	}
 	s.mu.Lock()
 	if c == Demand {
 		s.start(t)
