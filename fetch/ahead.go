@@ -21,6 +21,7 @@ const (
 	firstStretch = 512 << 10 // bytes of the blob before a sequential reader
 	mostStretch  = 16 << 20
 	longRead     = 256 << 10 // bytes in sequence that make a reader sequential
+	steps        = 3         // and reads: a large frame is none
 	maxStreams   = 8
 	nearby       = 32 << 10 // a gap that one request takes along
 )
@@ -46,7 +47,8 @@ type ahead struct {
 type stream struct {
 	next    int   // the frame it will ask for
 	end     int   // the first that was not asked for ahead of it
-	read    int64 // compressed bytes, so far
+	steps   int   // reads so far
+	read    int64 // compressed bytes of them
 	stretch int64 // how far ahead of it is fetched
 }
 
@@ -119,6 +121,7 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		}
 	}
 	s.read += n
+	s.steps++
 	s.next = last + 1
 	s.end = max(s.end, s.next)
 	switch frames, _, _ := l.frames.Len(); {
@@ -128,7 +131,7 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		l.pull()
 		return nil
 	case a.all:
-	case s.read >= longRead:
+	case s.read >= longRead && s.steps >= steps:
 		left := l.between(s.next, s.end)
 		if s.stretch == 0 {
 			s.stretch = firstStretch
@@ -145,16 +148,9 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		s.end = to
 	case miss:
 		around := a.adapt(l.f.schedule.full())
-		low, high := first-1, last+1
-		var fwd, back int64
-		for ; high < frames && fwd < around*2/3; high++ {
-			fwd += l.frames.Frame(high).Length
-		}
-		for ; low >= 0 && back < around/3; low-- {
-			back += l.frames.Frame(low).Length
-		}
+		high := l.reach(last+1, 1, around*2/3)
 		besides = l.missingIn(last+1, high)
-		wide = l.missingIn(low+1, first)
+		wide = l.missingIn(l.reach(first-1, -1, around/3)+1, first)
 		s.end = max(s.end, high)
 		a.brought += l.bytes(besides) + l.bytes(wide)
 	}
@@ -163,6 +159,17 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		l.fetchAhead(wide)
 	}
 	return besides
+}
+
+// reach gives the first frame, from one on and in steps of by, that is not among
+// those of so many bytes of the blob.
+func (l *Layer) reach(f, by int, bytes int64) int {
+	for n, _, _ := l.frames.Len(); f >= 0 && f < n; f += by {
+		if bytes -= l.frames.Frame(f).Length; bytes < 0 {
+			break
+		}
+	}
+	return f
 }
 
 // adapt gives how many bytes of the blob shall come with a miss, where so many fill
@@ -188,7 +195,7 @@ func (a *ahead) adapt(full int64) int64 {
 // place of the oldest.
 func (a *ahead) follow(f int) *stream {
 	for i := range a.streams {
-		if s := &a.streams[i]; s.read > 0 && f >= s.next && f <= s.next+1 {
+		if s := &a.streams[i]; s.steps > 0 && f >= s.next && f <= s.next+1 {
 			return s
 		}
 	}
