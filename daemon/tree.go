@@ -10,8 +10,6 @@ import (
 	"runtime/debug"
 	"strings"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/index"
 )
@@ -136,23 +134,18 @@ func (s *sharedIndex) close() error {
 // buildIndex merges the layers' names into a new file of a directory, which has not
 // reached the disk when it is there.
 func buildIndex(dir string, layers []*fetch.Handle) (path string, err error) {
-	entries := make([][]index.Entry, len(layers))
-	var eg errgroup.Group
-	for i, l := range layers {
-		eg.Go(func() (err error) {
-			entries[i], err = l.Entries()
-			return err
-		})
-	}
-	if err := eg.Wait(); err != nil {
-		return "", err
-	}
-	t, err := index.Merge(entries)
-	if err != nil {
-		return "", err
-	}
+	// One layer after the other: the entries of all at once would be most of what
+	// a daemon ever has on its heap.
+	t := index.NewTree()
 	devices := make([]index.Device, len(layers))
 	for i, l := range layers {
+		entries, err := l.Entries()
+		if err == nil {
+			err = t.Add(entries)
+		}
+		if err != nil {
+			return "", err
+		}
 		_, hex, _ := strings.Cut(l.Digest, ":")
 		devices[i] = index.Device{Tag: hex[:min(len(hex), 64)], Size: l.Size()}
 	}
@@ -160,7 +153,7 @@ func buildIndex(dir string, layers []*fetch.Handle) (path string, err error) {
 	if err != nil {
 		return "", err
 	}
-	w := bufio.NewWriterSize(f, 1<<20)
+	w := bufio.NewWriterSize(f, 256<<10)
 	if err = t.WriteTo(w, devices); err == nil {
 		err = w.Flush()
 	}

@@ -123,7 +123,7 @@ func readBundle(raw []byte) (*Bundle, error) {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	raw = raw[n:]
-	d := tocDecoder{s: string(head)}
+	d := tocDecoder{s: inPlace(head)}
 	b := &Bundle{}
 	if err := json.Unmarshal([]byte(d.str()), b); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
@@ -134,7 +134,9 @@ func readBundle(raw []byte) (*Bundle, error) {
 	if b.Format != "tar" && b.Format != "tar+gzip" && b.Format != "tar+zstd" {
 		return nil, fmt.Errorf("%w: a layer of the format %.20q", ErrMalformed, b.Format)
 	}
-	entries, err := ReadTOC([]byte(d.str()))
+	toc := len(d.str())
+	end := len(head) - len(d.s)
+	entries, err := ReadTOC(head[end-toc : end])
 	if err != nil {
 		return nil, err
 	}

@@ -53,6 +53,10 @@ func Clean(name string) (string, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return "", fmt.Errorf("%w: name %q has a NUL byte", ErrMalformed, clip(name))
 	}
+	// As most tars and TOCs write names: these are clean but for their ends.
+	if c := strings.TrimSuffix(strings.TrimPrefix(name, "./"), "/"); isClean(c) {
+		return c, nil
+	}
 	c := path.Clean(strings.TrimLeft(name, "/"))
 	if c == "." || c == "/" {
 		return "", nil

@@ -87,39 +87,57 @@ const (
 
 // newFrames encodes a table. Pieces must lie in the order of the data file.
 func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
-	le := binary.LittleEndian
-	buf := make([]byte, framesHeader, framesHeader+len(pieces)*(pieceSize+8)+len(frames)*frameSize)
-	for _, p := range pieces {
-		buf = le.AppendUint64(buf, uint64(p.Data))
-		buf = le.AppendUint64(buf, uint64(p.Size))
-		buf = le.AppendUint32(buf, uint32(p.Frame))
-		buf = le.AppendUint64(buf, uint64(p.Inner))
-		buf = append(buf, p.Digest[:]...)
-	}
-	// By frame first, which is counting, then each frame's few.
-	order := make([]uint32, len(pieces))
-	ends := make([]uint32, len(frames)+1)
+	buf := framesBuffer(len(frames), len(pieces))
 	for i := range pieces {
-		ends[pieces[i].Frame+1]++
+		buf = appendPiece(buf, &pieces[i])
+	}
+	return sealFrames(buf, frames, len(pieces), dataSize)
+}
+
+// framesBuffer gives the room that a table takes, with that of its header in use.
+func framesBuffer(frames, pieces int) []byte {
+	return make([]byte, framesHeader, framesHeader+pieces*(pieceSize+8)+frames*frameSize)
+}
+
+func appendPiece(buf []byte, p *Piece) []byte {
+	le := binary.LittleEndian
+	buf = le.AppendUint64(buf, uint64(p.Data))
+	buf = le.AppendUint64(buf, uint64(p.Size))
+	buf = le.AppendUint32(buf, uint32(p.Frame))
+	buf = le.AppendUint64(buf, uint64(p.Inner))
+	return append(buf, p.Digest[:]...)
+}
+
+// sealFrames makes a table of a buffer that so many pieces were appended to.
+func sealFrames(buf []byte, frames []Frame, nPieces int, dataSize int64) *Frames {
+	le := binary.LittleEndian
+	pieces := buf[framesHeader:]
+	frameOf := func(i uint32) int { return int(le.Uint32(pieces[int(i)*pieceSize+16:])) }
+	inner := func(i uint32) int64 { return int64(le.Uint64(pieces[int(i)*pieceSize+20:])) }
+	// By frame first, which is counting, then each frame's few.
+	order := make([]uint32, nPieces)
+	ends := make([]uint32, len(frames)+1)
+	for i := range order {
+		ends[frameOf(uint32(i))+1]++
 	}
 	for i := range frames {
 		ends[i+1] += ends[i]
 	}
-	for i := range pieces {
-		at := &ends[pieces[i].Frame]
+	for i := range order {
+		at := &ends[frameOf(uint32(i))]
 		order[*at] = uint32(i)
 		*at++
 	}
 	for i, from := 0, uint32(0); i < len(frames); i++ {
 		slices.SortFunc(order[from:ends[i]], func(a, b uint32) int {
-			return cmp.Or(cmp.Compare(pieces[a].Inner, pieces[b].Inner), cmp.Compare(a, b))
+			return cmp.Or(cmp.Compare(inner(a), inner(b)), cmp.Compare(a, b))
 		})
 		from = ends[i]
 	}
 	at := 0
 	for i, f := range frames {
 		from := at
-		for at < len(order) && pieces[order[at]].Frame == i {
+		for at < len(order) && frameOf(order[at]) == i {
 			at++
 		}
 		buf = le.AppendUint64(buf, uint64(f.Offset))
@@ -137,7 +155,7 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 		buf = le.AppendUint32(buf, i)
 	}
 	copy(buf, framesMagic)
-	le.PutUint32(buf[8:], uint32(len(pieces)))
+	le.PutUint32(buf[8:], uint32(nPieces))
 	le.PutUint32(buf[12:], uint32(len(frames)))
 	le.PutUint64(buf[16:], uint64(dataSize))
 	le.PutUint64(buf[24:], uint64(crc32.Checksum(buf[framesHeader:], castagnoli)))
@@ -148,22 +166,23 @@ func newFrames(frames []Frame, pieces []Piece, dataSize int64) *Frames {
 	return t
 }
 
-// byDigest fills order with the pieces' numbers in the order of their digests,
-// which begin as random numbers do.
-func byDigest(pieces []Piece, order []uint32) {
+// byDigest fills order with the numbers of encoded pieces in the order of their
+// digests, which begin as random numbers do.
+func byDigest(pieces []byte, order []uint32) {
 	type key struct {
 		first uint64
 		i     uint32
 	}
-	keys := make([]key, len(pieces))
-	for i := range pieces {
-		keys[i] = key{binary.BigEndian.Uint64(pieces[i].Digest[:]), uint32(i)}
+	digest := func(i uint32) []byte { return pieces[int(i)*pieceSize+28 : (int(i)+1)*pieceSize] }
+	keys := make([]key, len(order))
+	for i := range keys {
+		keys[i] = key{binary.BigEndian.Uint64(digest(uint32(i))), uint32(i)}
 	}
 	slices.SortFunc(keys, func(a, b key) int {
 		if a.first != b.first {
 			return cmp.Compare(a.first, b.first)
 		}
-		return cmp.Or(bytes.Compare(pieces[a.i].Digest[:], pieces[b.i].Digest[:]), cmp.Compare(a.i, b.i))
+		return cmp.Or(bytes.Compare(digest(a.i), digest(b.i)), cmp.Compare(a.i, b.i))
 	})
 	for i, k := range keys {
 		order[i] = k.i

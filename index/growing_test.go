@@ -36,10 +36,11 @@ func mergedTree(layers [][]Entry) (paths map[string]string, same map[string][]st
 	byInode := map[*inode][]string{}
 	var walk func(path string, n *node)
 	walk = func(path string, n *node) {
-		paths[path] = told(n.inode.entry, n.inode.layer, uint32(n.inode.nlink))
+		in := n.inode
+		paths[path] = told(&Entry{Mode: in.mode, Mtime: in.mtime, Link: in.link()}, int(in.layer), in.nlink)
 		byInode[n.inode] = append(byInode[n.inode], path)
-		for name, kid := range n.kids {
-			walk(strings.TrimPrefix(path+"/"+name, "/"), kid)
+		for kid := range n.kids.all() {
+			walk(strings.TrimPrefix(path+"/"+kid.name, "/"), kid)
 		}
 	}
 	walk("", t.root)

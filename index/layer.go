@@ -31,8 +31,9 @@ type Chunk struct {
 // [NewBuilder]. It is not safe for concurrent use.
 type Builder struct {
 	kind    Kind
-	entries []Entry
-	files   []pendingFile
+	entries slabs[Entry]
+	files   slabs[pendingFile]
+	chunks  slabs[pendingChunk] // of files, those of one together
 	pieces  []Piece
 	frames  []Frame
 	meta    int64 // bytes of names, link targets and extended attributes
@@ -40,8 +41,17 @@ type Builder struct {
 }
 
 type pendingFile struct {
-	entry  int
-	chunks []Chunk
+	entry  uint32
+	chunks uint32 // the number of the first
+	n      uint32 // how many
+}
+
+// pendingChunk is a [Chunk] that is no hole. The next of its file begins where it
+// ends, but for holes.
+type pendingChunk struct {
+	file, size       int64
+	blob, end, inner int64
+	digest           [sha256.Size]byte
 }
 
 // NewBuilder starts a layer whose TOC's frames are of the given kind.
@@ -51,7 +61,7 @@ func NewBuilder(kind Kind) *Builder { return &Builder{kind: kind} }
 // empty file, or one whose contents the caller placed with [Builder.Reserve].
 // The name must come from [Clean].
 func (b *Builder) Add(e Entry) error {
-	if len(b.entries) >= MaxEntries {
+	if b.entries.n >= MaxEntries {
 		return fmt.Errorf("%w: more than %d entries in one layer", ErrMalformed, MaxEntries)
 	}
 	if err := e.check(); err != nil {
@@ -64,12 +74,13 @@ func (b *Builder) Add(e Entry) error {
 	if b.meta > MaxMeta {
 		return fmt.Errorf("%w: more than %d bytes of names and extended attributes in one layer", ErrMalformed, MaxMeta)
 	}
-	b.entries = append(b.entries, e)
+	b.entries.add(e)
 	return nil
 }
 
 // AddFile appends a regular file with its chunks in the order of the file. They
-// must cover it from the first byte to the last without gap or overlap.
+// must cover it from the first byte to the last without gap or overlap. They stay
+// the caller's.
 func (b *Builder) AddFile(e Entry, chunks []Chunk) error {
 	var at int64
 	for _, c := range chunks {
@@ -84,10 +95,21 @@ func (b *Builder) AddFile(e Entry, chunks []Chunk) error {
 	if at != e.Size {
 		return fmt.Errorf("%w: %q: chunks cover %d of %d bytes", ErrMalformed, clip(e.Name), at, e.Size)
 	}
-	if e.Size > 0 {
-		b.files = append(b.files, pendingFile{len(b.entries), chunks})
+	if e.Size == 0 {
+		return b.Add(e)
 	}
-	return b.Add(e)
+	f := pendingFile{entry: uint32(b.entries.n), chunks: uint32(b.chunks.n)}
+	if err := b.Add(e); err != nil {
+		return err
+	}
+	for i := range chunks {
+		if c := &chunks[i]; !c.Hole {
+			b.chunks.add(pendingChunk{c.File, c.Size, c.Blob, c.End, c.Inner, c.Digest})
+			f.n++
+		}
+	}
+	b.files.add(f)
+	return nil
 }
 
 // Reserve gives size bytes of the data file to the caller, who streams a layer
@@ -103,7 +125,7 @@ func (b *Builder) Reserve(size int64) (off int64, err error) {
 
 // Grow makes room for so many more entries and pieces.
 func (b *Builder) Grow(entries, pieces int) {
-	b.entries = slices.Grow(b.entries, entries)
+	b.entries.grow(entries)
 	b.pieces = slices.Grow(b.pieces, pieces)
 }
 
@@ -124,75 +146,90 @@ func (b *Builder) Reserved() int64 { return b.next }
 // Layer ends the building. dataEnd is where the blob's file contents end (the
 // offset of the TOC, or the blob's size) and bounds the last frame.
 func (b *Builder) Layer(dataEnd int64) (*Layer, error) {
-	if err := b.place(dataEnd); err != nil {
+	if b.files.n == 0 {
+		return &Layer{Entries: b.entries.take(), Frames: newFrames(b.frames, b.pieces, b.next)}, nil
+	}
+	t, err := b.place(dataEnd)
+	if err != nil {
 		return nil, err
 	}
-	return &Layer{Entries: b.entries, Frames: newFrames(b.frames, b.pieces, b.next)}, nil
+	b.files, b.chunks = slabs[pendingFile]{}, slabs[pendingChunk]{}
+	return &Layer{Entries: b.entries.take(), Frames: t}, nil
 }
 
 // place lays the pending files into the data file in the order of the blob, so
 // that neighbours in the image are neighbours on disk, and derives the frames.
-func (b *Builder) place(dataEnd int64) error {
-	if len(b.files) == 0 {
-		return nil
-	}
-	first := func(p pendingFile) (off, inner int64) {
-		for _, c := range p.chunks {
-			if !c.Hole {
-				return c.Blob, c.Inner
-			}
+func (b *Builder) place(dataEnd int64) (*Frames, error) {
+	files := b.files.take()
+	first := func(f *pendingFile) (off, inner int64) {
+		if f.n == 0 {
+			return 0, 0
 		}
-		return 0, 0
+		c := b.chunks.at(int(f.chunks))
+		return c.blob, c.inner
 	}
-	slices.SortStableFunc(b.files, func(x, y pendingFile) int {
-		xo, xi := first(x)
-		yo, yi := first(y)
+	slices.SortStableFunc(files, func(x, y pendingFile) int {
+		xo, xi := first(&x)
+		yo, yi := first(&y)
 		return cmp.Or(cmp.Compare(xo, yo), cmp.Compare(xi, yi))
 	})
-	ends := map[int64]int64{} // frame offset to its end, 0 where the TOC does not say
-	for _, p := range b.files {
-		for _, c := range p.chunks {
-			if !c.Hole {
-				ends[c.Blob] = max(ends[c.Blob], c.End)
-			}
-		}
+	known := len(b.frames)
+	if err := b.derive(dataEnd); err != nil {
+		return nil, err
 	}
-	offsets := make([]int64, 0, len(ends))
-	for off := range ends {
-		offsets = append(offsets, off)
+	derived := b.frames[known:]
+	buf := framesBuffer(len(b.frames), len(b.pieces)+b.chunks.n)
+	for i := range b.pieces {
+		buf = appendPiece(buf, &b.pieces[i])
 	}
-	slices.Sort(offsets)
-	number := make(map[int64]int, len(offsets))
-	for i, off := range offsets {
-		limit := dataEnd
-		if i+1 < len(offsets) {
-			limit = offsets[i+1]
-		}
-		end := ends[off]
-		if end == 0 {
-			end = limit
-		}
-		if off >= end || end > limit || end-off > MaxBlobFrame {
-			return fmt.Errorf("%w: frame at %d ends at %d, past %d", ErrMalformed, off, end, limit)
-		}
-		number[off] = i
-		b.frames = append(b.frames, Frame{Offset: off, Length: end - off, Kind: b.kind})
-	}
-	for _, p := range b.files {
-		e := &b.entries[p.entry]
+	for i := range files {
+		f := &files[i]
+		e := b.entries.at(int(f.entry))
 		off, err := b.Reserve(e.Size)
 		if err != nil {
-			return fmt.Errorf("%q: %w", clip(e.Name), err)
+			return nil, fmt.Errorf("%q: %w", clip(e.Name), err)
 		}
 		e.Data = off
-		for _, c := range p.chunks {
-			if c.Hole {
-				continue
-			}
-			b.pieces = append(b.pieces, Piece{
-				Data: off + c.File, Size: c.Size, Frame: number[c.Blob], Inner: c.Inner, Digest: c.Digest,
-			})
+		for k := range f.n {
+			c := b.chunks.at(int(f.chunks + k))
+			n, _ := slices.BinarySearchFunc(derived, c.blob, func(f Frame, off int64) int { return cmp.Compare(f.Offset, off) })
+			buf = appendPiece(buf, &Piece{Data: off + c.file, Size: c.size, Frame: known + n, Inner: c.inner, Digest: c.digest})
 		}
+	}
+	return sealFrames(buf, b.frames, len(b.pieces)+b.chunks.n, b.next), nil
+}
+
+// derive makes the frames that the pending chunks lie in.
+func (b *Builder) derive(dataEnd int64) error {
+	type span struct{ off, end int64 } // end is 0 where the TOC does not say
+	spans := make([]span, b.chunks.n)
+	for i := range spans {
+		c := b.chunks.at(i)
+		spans[i] = span{c.blob, c.end}
+	}
+	// The last of those that begin at one place is the one that ends last.
+	slices.SortFunc(spans, func(x, y span) int { return cmp.Or(cmp.Compare(x.off, y.off), cmp.Compare(x.end, y.end)) })
+	n := 0
+	for i, s := range spans {
+		if i+1 == len(spans) || spans[i+1].off != s.off {
+			spans[n] = s
+			n++
+		}
+	}
+	spans = spans[:n]
+	b.frames = slices.Grow(b.frames, n)
+	for i, s := range spans {
+		limit := dataEnd
+		if i+1 < n {
+			limit = spans[i+1].off
+		}
+		if s.end == 0 {
+			s.end = limit
+		}
+		if s.off >= s.end || s.end > limit || s.end-s.off > MaxBlobFrame {
+			return fmt.Errorf("%w: frame at %d ends at %d, past %d", ErrMalformed, s.off, s.end, limit)
+		}
+		b.frames = append(b.frames, Frame{Offset: s.off, Length: s.end - s.off, Kind: b.kind})
 	}
 	return nil
 }

@@ -15,33 +15,72 @@ const (
 	whiteoutOpaque = ".wh..wh..opq" // hides what lower layers have in its directory
 )
 
-// Tree is an image's layers merged: what a container of it would see.
+// Tree is an image's layers merged: what a container of it would see. It holds
+// what the index needs of each name and nothing of the entries it was made from,
+// so that a layer's can go when the next layer's come.
 type Tree struct {
 	root    *node
-	nodes   int
-	implied int // directories made that no layer lists
+	layers  int
+	nodes   int   // names, once counted
+	written int32 // how often it was
+	implied int   // directories made that no layer lists
+
+	mem    memory
+	dirs   []string          // of the names in the layers, see inode.dir
+	linked map[*inode]string // the first name of what has hard links
 }
 
 // node is a name in the tree. Several nodes share an inode where they are hard
 // links of one another.
 type node struct {
 	name  string
-	layer int              // the layer that named it last, for opaque directories
-	bare  int              // one more than the layer that made it opaque
-	kids  map[string]*node // nil where there are none
+	kids  *names // nil where there are none
 	inode *inode
+	layer int32 // the layer that named it last, for opaque directories
+	bare  int32 // one more than the layer that made it opaque
 }
 
-// inode is what hard links share: the entry that made it and the layer in whose
-// data file its bytes lie.
+// inode is what hard links share: what the entry that made it says, and the layer
+// in whose data file its bytes lie.
 type inode struct {
-	entry *Entry
-	layer int
-	nlink int
-	nid   uint64 // given by the writer
+	size     int64 // bytes of a regular file or a symlink; the writer sets a directory's
+	at       int64 // where they begin in the data file; the writer's, the number of a block, of all else
+	mtime    int64
+	nid      uint64 // given by the writer
+	more     *more  // nil for most
+	mode     uint32
+	uid, gid uint32
+	mtimeNs  uint32
+	layer    int32
+	nlink    uint32
+	dir      int32 // of the entry's name, an index of Tree.dirs
+	round    int32 // of the writer's that has placed it
 }
 
-func (n *node) isDir() bool { return n.inode.entry.Type() == unix.S_IFDIR }
+// more is what few inodes have.
+type more struct {
+	link   string // a symlink's target
+	xattrs []byte // as the index has them, see encodeXattrs
+	rdev   uint32
+}
+
+func (in *inode) isType(t uint32) bool { return in.mode&unix.S_IFMT == t }
+func (n *node) isDir() bool            { return n.inode.isType(unix.S_IFDIR) }
+
+// link gives a symlink's target.
+func (in *inode) link() string {
+	if in.more == nil {
+		return ""
+	}
+	return in.more.link
+}
+
+func (in *inode) xattrs() []byte {
+	if in.more == nil {
+		return nil
+	}
+	return in.more.xattrs
+}
 
 var implicitDir = Entry{Mode: unix.S_IFDIR | 0o755}
 
@@ -50,26 +89,78 @@ var implicitDir = Entry{Mode: unix.S_IFDIR | 0o755}
 // a directory that no layer lists has the mtime 0 rather than that of the
 // unpacking; a hard link may name an entry that its layer lists later, or one of
 // a lower layer; and a name that climbs out of the root is refused (by [Clean])
-// rather than bent back into it.
-//
-// Merge keeps references to the entries. It is a pure function of them.
+// rather than bent back into it. It is a pure function of the entries.
 func Merge(layers [][]Entry) (*Tree, error) {
-	t := &Tree{root: &node{layer: -1, inode: &inode{entry: &implicitDir}}}
-	for i, entries := range layers {
-		m := merger{Tree: t, layer: i}
-		if err := m.apply(entries); err != nil {
-			return nil, fmt.Errorf("layer %d: %w", i+1, err)
+	t := NewTree()
+	for _, entries := range layers {
+		if err := t.Add(entries); err != nil {
+			return nil, err
 		}
 	}
-	t.count(t.root)
+	t.count()
 	return t, nil
+}
+
+// NewTree gives the tree of an image without layers.
+func NewTree() *Tree {
+	t := &Tree{linked: map[*inode]string{}}
+	t.root = t.mem.node()
+	*t.root = node{layer: -1, inode: t.implicitInode(0)}
+	return t
+}
+
+// Add applies one more layer, as [Merge] does, and keeps nothing of its entries.
+// After an error the tree is of no use.
+func (t *Tree) Add(entries []Entry) error {
+	m := merger{Tree: t, layer: int32(t.layers)}
+	t.layers++
+	if err := m.apply(entries); err != nil {
+		return fmt.Errorf("layer %d: %w", t.layers, err)
+	}
+	return nil
+}
+
+func (t *Tree) implicitInode(layer int32) *inode {
+	in := t.mem.inode()
+	*in = inode{mode: implicitDir.Mode, layer: layer, dir: -1}
+	return in
 }
 
 type merger struct {
 	*Tree
-	layer    int
+	layer    int32
 	deferred []*Entry // hard links whose target has not been seen yet
 	rounds   int      // of linking them
+	at       []*node  // room for a path
+}
+
+// inode keeps what an entry says.
+func (m *merger) inode(e *Entry, dir string) (*inode, error) {
+	in := m.mem.inode()
+	*in = inode{mtime: e.Mtime, mode: e.Mode, uid: e.UID, gid: e.GID, mtimeNs: e.MtimeNs, layer: m.layer}
+	if e.IsRegular() {
+		in.size, in.at = e.Size, e.Data
+	}
+	xattrs, err := encodeXattrs(e)
+	if err != nil {
+		return nil, err
+	}
+	symlink := in.isType(unix.S_IFLNK)
+	if symlink {
+		in.size = int64(len(e.Link))
+	}
+	if symlink || xattrs != nil || e.Rdev != 0 {
+		in.more = &more{xattrs: xattrs, rdev: e.Rdev}
+		if symlink {
+			in.more.link = m.mem.string(e.Link)
+		}
+	}
+	// Neighbours in a tar mostly lie in the same directory.
+	if n := len(m.dirs); n == 0 || m.dirs[n-1] != dir {
+		m.dirs = append(m.dirs, m.mem.string(dir))
+	}
+	in.dir = int32(len(m.dirs) - 1)
+	return in, nil
 }
 
 func (m *merger) apply(entries []Entry) error {
@@ -94,8 +185,11 @@ func (m *merger) add(e *Entry) error {
 		if e.Type() != unix.S_IFDIR {
 			return fmt.Errorf("%w: the root is not a directory", ErrMalformed)
 		}
-		m.root.inode, m.root.layer = &inode{entry: e, layer: m.layer}, m.layer
-		return nil
+		in, err := m.inode(e, "")
+		if err == nil {
+			m.root.inode, m.root.layer = in, m.layer
+		}
+		return err
 	}
 	if e.HardLink {
 		target, err := m.lookup(e.Link)
@@ -109,21 +203,31 @@ func (m *merger) add(e *Entry) error {
 	if err != nil {
 		return err
 	}
-	n := &node{name: base, layer: m.layer, inode: &inode{entry: e, layer: m.layer}}
-	// Only a directory over a directory is merged: all else replaces.
-	if old := parent.kids[base]; old != nil && old.isDir() && n.isDir() {
-		n.kids, n.bare = old.kids, old.bare
+	in, err := m.inode(e, dir)
+	if err != nil {
+		return err
 	}
-	parent.put(n)
+	// Only a directory over a directory is merged: all else replaces.
+	if old := parent.kids.get(base); old != nil {
+		if !old.isDir() || !in.isType(unix.S_IFDIR) {
+			old.kids, old.bare = nil, 0
+		}
+		old.inode, old.layer = in, m.layer
+		return nil
+	}
+	m.put(parent, base, in)
 	return nil
 }
 
 // put gives a directory a name, in the place of what had it.
-func (n *node) put(kid *node) {
-	if n.kids == nil {
-		n.kids = map[string]*node{}
+func (m *merger) put(dir *node, name string, in *inode) *node {
+	n := m.mem.node()
+	*n = node{name: m.mem.string(name), layer: m.layer, inode: in}
+	if dir.kids == nil {
+		dir.kids = &names{}
 	}
-	n.kids[kid.name] = kid
+	dir.kids.put(n)
+	return n
 }
 
 // whiteout removes what is there now. As in containerd's unpacking into a plain
@@ -146,21 +250,20 @@ func (m *merger) whiteout(dir, base string) error {
 		}
 		n, err := m.mkdirs(dir)
 		if err == nil {
-			delete(n.kids, name)
+			n.kids.remove(name)
 		}
 		return err
 	}
 	return nil
 }
 
-func hideLower(dir *node, layer int) {
-	for name, kid := range dir.kids {
-		if kid.layer != layer {
-			delete(dir.kids, name)
-		} else if kid.isDir() {
+func hideLower(dir *node, layer int32) {
+	dir.kids.keep(func(kid *node) bool {
+		if kid.layer == layer && kid.isDir() {
 			hideLower(kid, layer)
 		}
-	}
+		return kid.layer == layer
+	})
 }
 
 // link makes e one more name of target.
@@ -171,7 +274,10 @@ func (m *merger) link(e *Entry, target *node) error {
 	dir, base := splitPath(e.Name)
 	parent, err := m.mkdirs(dir)
 	if err == nil {
-		parent.put(&node{name: base, layer: m.layer, inode: target.inode})
+		if _, ok := m.linked[target.inode]; !ok {
+			m.linked[target.inode] = target.name
+		}
+		m.put(parent, base, target.inode)
 	}
 	return err
 }
@@ -242,7 +348,7 @@ func (m *merger) lookup(name string) (*node, error) {
 	if err != nil || parent == nil || base == "" {
 		return parent, err
 	}
-	return parent.kids[base], nil
+	return parent.kids.get(base), nil
 }
 
 // maxFollow is how many symlinks a path may lead through: the kernel's
@@ -251,7 +357,8 @@ const maxFollow = 40
 
 func (m *merger) walk(dir string, create bool) (*node, error) {
 	follow := maxFollow
-	at := []*node{m.root} // the path walked so far, for ".." in symlinks
+	at := append(m.at[:0], m.root) // the path walked so far, for ".." in symlinks
+	defer func() { m.at = at }()
 	for rest := dir; rest != ""; {
 		var part string
 		part, rest, _ = strings.Cut(rest, "/")
@@ -263,10 +370,10 @@ func (m *merger) walk(dir string, create bool) (*node, error) {
 			at = at[:max(1, len(at)-1)]
 			continue
 		}
-		kid := cur.kids[part]
-		if kid != nil && kid.layer == m.layer && kid.inode.entry.Type() == unix.S_IFLNK && follow > 0 {
+		kid := cur.kids.get(part)
+		if kid != nil && kid.layer == m.layer && kid.inode.isType(unix.S_IFLNK) && follow > 0 {
 			follow--
-			target := kid.inode.entry.Link
+			target := kid.inode.link()
 			if strings.HasPrefix(target, "/") {
 				at = at[:1]
 			}
@@ -277,11 +384,10 @@ func (m *merger) walk(dir string, create bool) (*node, error) {
 			if !create {
 				return nil, nil
 			}
-			var err error
-			if kid, err = m.implicit(part, len(at)); err != nil {
+			if err := m.implicit(part, len(at)); err != nil {
 				return nil, err
 			}
-			cur.put(kid)
+			kid = m.put(cur, part, m.implicitInode(m.layer))
 		}
 		if create {
 			kid.layer = m.layer
@@ -291,48 +397,64 @@ func (m *merger) walk(dir string, create bool) (*node, error) {
 	return at[len(at)-1], nil
 }
 
-// implicit makes a directory that no layer lists. Its name may come from a
+// implicit counts a directory that no layer lists. Its name may come from a
 // symlink's target, which nobody has held against the limits of names yet, and
 // a short entry may ask for thousands of them.
-func (m *merger) implicit(name string, depth int) (*node, error) {
+func (m *merger) implicit(name string, depth int) error {
 	m.implied++
 	switch {
 	case len(name) > MaxName:
-		return nil, fmt.Errorf("%w: name of %d bytes (%q), the limit is %d", ErrMalformed, len(name), clip(name), MaxName)
+		return fmt.Errorf("%w: name of %d bytes (%q), the limit is %d", ErrMalformed, len(name), clip(name), MaxName)
 	case depth > MaxDepth:
-		return nil, fmt.Errorf("%w: more than %d directories in one another", ErrMalformed, MaxDepth)
+		return fmt.Errorf("%w: more than %d directories in one another", ErrMalformed, MaxDepth)
 	case m.implied > MaxImplicit:
-		return nil, fmt.Errorf("%w: more than %d directories that no layer lists", ErrMalformed, MaxImplicit)
+		return fmt.Errorf("%w: more than %d directories that no layer lists", ErrMalformed, MaxImplicit)
 	}
-	return &node{name: name, inode: &inode{entry: &implicitDir, layer: m.layer}}, nil
+	return nil
 }
 
 // count sets the link counts: of a directory as every Unix filesystem does, two
 // and one for each directory in it.
-func (t *Tree) count(n *node) {
-	t.nodes++
-	if !n.isDir() {
-		n.inode.nlink++
-		return
-	}
-	n.inode.nlink = 2
-	for _, kid := range n.kids {
-		t.count(kid)
-		if kid.isDir() {
+func (t *Tree) count() {
+	t.nodes = 0
+	t.walk(t.root, func(n *node) { n.inode.nlink = 0 })
+	t.walk(t.root, func(n *node) {
+		t.nodes++
+		if !n.isDir() {
 			n.inode.nlink++
+			return
 		}
+		n.inode.nlink = 2
+		for kid := range n.kids.all() {
+			if kid.isDir() {
+				n.inode.nlink++
+			}
+		}
+	})
+}
+
+// walk visits a directory before what lies in it, in no order of names.
+func (t *Tree) walk(n *node, visit func(*node)) {
+	visit(n)
+	for kid := range n.kids.all() {
+		t.walk(kid, visit)
 	}
 }
 
-// sorted gives a directory's children in the order of their bytes, the order of
-// an EROFS directory.
-func (n *node) sorted() []*node {
-	kids := make([]*node, 0, len(n.kids))
-	for _, k := range n.kids {
-		kids = append(kids, k)
+// appendPath appends the name that an inode's entry had in its layer. n is its
+// first name in the tree.
+func (t *Tree) appendPath(b []byte, n *node) []byte {
+	if n.inode.dir < 0 {
+		return b
 	}
-	slices.SortFunc(kids, func(a, b *node) int { return strings.Compare(a.name, b.name) })
-	return kids
+	base, ok := t.linked[n.inode]
+	if !ok {
+		base = n.name
+	}
+	if dir := t.dirs[n.inode.dir]; dir != "" {
+		b = append(append(b, dir...), '/')
+	}
+	return append(b, base...)
 }
 
 func splitPath(p string) (dir, base string) {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"unsafe"
 )
 
 // The names of a layer are kept as one file, so that every image that has the
@@ -19,38 +20,53 @@ const minEntry = 12
 
 // WriteTOC writes entries as [ReadTOC] reads them.
 func WriteTOC(w io.Writer, entries []Entry) error {
-	buf := make([]byte, 0, 64*len(entries)+128)
-	buf = append(buf, tocMagic...)
+	const some = 32 << 10
+	sum := sha256.New()
+	both := io.MultiWriter(w, sum)
+	buf := append(make([]byte, 0, 2*some), tocMagic...)
 	buf = binary.AppendUvarint(buf, uint64(len(entries)))
-	str := func(s string) {
-		buf = binary.AppendUvarint(buf, uint64(len(s)))
-		buf = append(buf, s...)
-	}
 	for i := range entries {
-		e := &entries[i]
-		str(e.Name)
-		hard := uint64(0)
-		if e.HardLink {
-			hard = 1
-		}
-		for _, v := range [...]uint64{uint64(e.Mode), uint64(e.UID), uint64(e.GID), uint64(e.Rdev), uint64(e.MtimeNs), uint64(e.Size), uint64(e.Data), hard} {
-			buf = binary.AppendUvarint(buf, v)
-		}
-		buf = binary.AppendVarint(buf, e.Mtime)
-		str(e.Link)
-		buf = binary.AppendUvarint(buf, uint64(len(e.Xattrs)))
-		for _, x := range e.Xattrs {
-			str(x.Name)
-			str(string(x.Value))
+		if buf = appendEntry(buf, &entries[i]); len(buf) >= some {
+			if _, err := both.Write(buf); err != nil {
+				return err
+			}
+			buf = buf[:0]
 		}
 	}
-	sum := sha256.Sum256(buf)
-	_, err := w.Write(append(buf, sum[:]...))
+	if _, err := both.Write(buf); err != nil {
+		return err
+	}
+	_, err := w.Write(sum.Sum(buf[:0]))
 	return err
 }
 
-// ReadTOC gives the entries that [WriteTOC] wrote. Their strings share raw's
-// memory in one copy. A file that was cut or changed is refused.
+func appendEntry(buf []byte, e *Entry) []byte {
+	buf = appendString(buf, e.Name)
+	hard := uint64(0)
+	if e.HardLink {
+		hard = 1
+	}
+	for _, v := range [...]uint64{uint64(e.Mode), uint64(e.UID), uint64(e.GID), uint64(e.Rdev), uint64(e.MtimeNs), uint64(e.Size), uint64(e.Data), hard} {
+		buf = binary.AppendUvarint(buf, v)
+	}
+	buf = binary.AppendVarint(buf, e.Mtime)
+	buf = appendString(buf, e.Link)
+	buf = binary.AppendUvarint(buf, uint64(len(e.Xattrs)))
+	for _, x := range e.Xattrs {
+		buf = appendString(buf, x.Name)
+		buf = appendString(buf, x.Value)
+	}
+	return buf
+}
+
+func appendString[S string | []byte](buf []byte, s S) []byte {
+	buf = binary.AppendUvarint(buf, uint64(len(s)))
+	return append(buf, s...)
+}
+
+// ReadTOC gives the entries that [WriteTOC] wrote. Their strings are raw's own
+// memory, which must not change while there are entries. A file that was cut or
+// changed is refused.
 func ReadTOC(raw []byte) ([]Entry, error) {
 	if len(raw) < len(tocMagic)+sha256.Size || string(raw[:len(tocMagic)]) != tocMagic {
 		return nil, fmt.Errorf("%w: not a layer's table of contents", ErrMalformed)
@@ -59,7 +75,7 @@ func ReadTOC(raw []byte) ([]Entry, error) {
 	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
 		return nil, fmt.Errorf("%w: the layer's table of contents does not match its sum", ErrMalformed)
 	}
-	d := tocDecoder{s: string(body[len(tocMagic):])}
+	d := tocDecoder{s: inPlace(body[len(tocMagic):])}
 	n := d.uint()
 	if n > MaxEntries || n > uint64(len(body)/minEntry) {
 		return nil, fmt.Errorf("%w: %d entries in one layer", ErrMalformed, n)
@@ -87,6 +103,9 @@ func ReadTOC(raw []byte) ([]Entry, error) {
 	}
 	return entries, nil
 }
+
+// inPlace gives bytes that do not change any more as a string, uncopied.
+func inPlace(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 type tocDecoder struct {
 	s     string

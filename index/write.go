@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math/bits"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,21 +26,20 @@ func (t *Tree) WriteTo(w io.Writer, devices []Device) error {
 	if len(devices) > maxDevices {
 		return fmt.Errorf("an image of %d layers, the limit is %d", len(devices), maxDevices)
 	}
-	l := layout{meta: alignUp(int64(sbOffset+sbSize+len(devices)*deviceSlot), nidUnit)}
-	if err := l.plan(t.root); err != nil {
-		return err
+	t.count()
+	l := layout{tree: t, meta: alignUp(int64(sbOffset+sbSize+len(devices)*deviceSlot), nidUnit), order: make([]*node, 0, t.nodes)}
+	l.plan()
+	if t.root.inode.nid > maxRootNid {
+		return fmt.Errorf("the root inode lies at %d, past what EROFS can name", t.root.inode.nid)
 	}
-	if l.root.nid > maxRootNid {
-		return fmt.Errorf("the root inode lies at %d, past what EROFS can name", l.root.nid)
-	}
-	out := &imageWriter{w: bufio.NewWriterSize(w, 1<<20)}
+	out := &imageWriter{w: bufio.NewWriterSize(w, 64<<10)}
 	out.superblock(&l, devices)
-	for _, p := range l.inodes {
-		out.inode(p)
+	for _, n := range l.order {
+		out.inode(n)
 	}
 	out.pad(l.dataStart)
-	for _, p := range l.inodes {
-		out.data(p)
+	for _, n := range l.order {
+		out.data(n)
 	}
 	out.pad(l.end)
 	if out.err != nil {
@@ -52,112 +52,98 @@ func (t *Tree) WriteTo(w io.Writer, devices []Device) error {
 // directory by directory, the children of one in the order of their names: a
 // walk reads the image from front to back.
 type layout struct {
+	tree      *Tree
 	meta      int64 // where inodes begin
 	next      int64
 	dataStart int64 // where blocks of directories and long symlinks begin
 	end       int64
-	inodes    []*placed
-	byInode   map[*inode]*placed
-	root      *inode
+	order     []*node // the first name of each inode, as they are written
 }
 
-// placed is an inode with its place and the bytes that belong to it.
-type placed struct {
-	in     *inode
-	node   *node // of a directory: its name list
-	parent *placed
-	kids   []*node
-	off    int64  // in the image
-	xattrs []byte // the inline xattr area, a multiple of 4 bytes
-	layout int
-	inline int   // bytes that follow the inode
-	size   int64 // i_size
-	blocks int64 // full blocks in the data area
-	block  int64 // number of the first of them
-}
-
-func (l *layout) plan(root *node) error {
-	l.byInode = map[*inode]*placed{}
+func (l *layout) plan() {
+	l.tree.written++
 	l.next = l.meta
-	l.root = root.inode
-	p, err := l.place(root)
-	if err != nil {
-		return err
-	}
-	p.parent = p
+	root := l.tree.root
+	l.place(root, root)
 	// Depth first, with a stack of our own: a tree may be 2,000 deep.
-	for stack := []*placed{p}; len(stack) > 0; {
+	for stack := []*node{root}; len(stack) > 0; {
 		dir := stack[len(stack)-1]
 		stack = stack[:len(stack)-1]
 		from := len(stack)
-		for _, kid := range dir.kids {
-			if l.byInode[kid.inode] != nil {
+		for _, kid := range dir.kids.sorted() {
+			if kid.inode.round == l.tree.written {
 				continue // one more name of an inode that has its place
 			}
-			k, err := l.place(kid)
-			if err != nil {
-				return err
-			}
+			l.place(kid, dir)
 			if kid.isDir() {
-				k.parent = dir
-				stack = append(stack, k)
+				stack = append(stack, kid)
 			}
 		}
-		reverse(stack[from:])
+		slices.Reverse(stack[from:])
 	}
 	l.dataStart = alignUp(l.next, BlockSize)
 	block := l.dataStart / BlockSize
-	for _, p := range l.inodes {
-		p.block = block
-		block += p.blocks
-	}
-	l.end = block * BlockSize
-	return nil
-}
-
-func (l *layout) place(n *node) (*placed, error) {
-	p := &placed{in: n.inode}
-	e := n.inode.entry
-	var err error
-	if p.xattrs, err = encodeXattrs(e); err != nil {
-		return nil, fmt.Errorf("%q: %w", clip(e.Name), err)
-	}
-	switch e.Type() {
-	case unix.S_IFDIR:
-		p.node, p.kids = n, n.sorted()
-		p.size = dirSize(p.kids)
-		p.blocks, p.inline = p.size/BlockSize, int(p.size%BlockSize)
-		p.layout = layoutInline
-	case unix.S_IFLNK:
-		p.size, p.inline, p.layout = int64(len(e.Link)), len(e.Link), layoutInline
-	case unix.S_IFREG:
-		p.size = e.Size
-		if e.Size > 0 {
-			p.layout, p.inline = layoutChunks, chunkSize
+	for _, n := range l.order {
+		if f := n.inode.form(); f.layout != layoutChunks {
+			n.inode.at = block
+			block += f.blocks
 		}
 	}
-	head := inodeSize + len(p.xattrs)
-	if p.layout == layoutChunks {
-		head = alignUp(head, chunkSize)
+	l.end = block * BlockSize
+}
+
+// place gives an inode its place. Those before it have theirs.
+func (l *layout) place(n, parent *node) {
+	in := n.inode
+	if n.isDir() {
+		if n.kids == nil {
+			n.kids = &names{}
+		}
+		n.kids.parent = parent.inode
+		in.size = dirSize(n.kids.sorted())
+	}
+	f := in.form()
+	at, size := l.next, int64(f.head+f.inline)
+	if at%BlockSize+size > BlockSize && size <= BlockSize {
+		at = alignUp(at, BlockSize)
+	}
+	l.next = alignUp(at+size, nidUnit)
+	in.nid, in.round = uint64(at/nidUnit), l.tree.written
+	l.order = append(l.order, n)
+}
+
+// form is how an inode lies in the image, which its type and sizes say.
+type form struct {
+	layout int
+	head   int   // bytes before what follows the inode
+	inline int   // bytes that follow the inode
+	blocks int64 // full blocks in the data area
+}
+
+func (in *inode) form() (f form) {
+	switch in.mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		f.layout, f.blocks, f.inline = layoutInline, in.size/BlockSize, int(in.size%BlockSize)
+	case unix.S_IFLNK:
+		f.layout, f.inline = layoutInline, int(in.size)
+	case unix.S_IFREG:
+		if in.size > 0 {
+			f.layout, f.inline = layoutChunks, chunkSize
+		}
+	}
+	f.head = inodeSize + len(in.xattrs())
+	if f.layout == layoutChunks {
+		f.head = alignUp(f.head, chunkSize)
 	}
 	// The kernel wants an inline tail whole within one block; what would not fit
 	// beside its inode gets a block of its own.
-	if p.layout == layoutInline && head+p.inline > BlockSize || p.inline == 0 && p.layout == layoutInline {
-		if p.inline > 0 {
-			p.blocks++
+	if f.layout == layoutInline && (f.inline == 0 || f.head+f.inline > BlockSize) {
+		if f.inline > 0 {
+			f.blocks++
 		}
-		p.layout, p.inline = layoutPlain, 0
+		f.layout, f.inline = layoutPlain, 0
 	}
-	at := l.next
-	if over := at%BlockSize + int64(head+p.inline); over > BlockSize && head+p.inline <= BlockSize {
-		at = alignUp(at, BlockSize)
-	}
-	p.off = at
-	l.next = alignUp(at+int64(head+p.inline), nidUnit)
-	n.inode.nid = uint64(at / nidUnit)
-	l.byInode[n.inode] = p
-	l.inodes = append(l.inodes, p)
-	return p, nil
+	return f
 }
 
 // dirSize gives the bytes of a directory's entries, "." and ".." with them:
@@ -174,7 +160,7 @@ type dirent struct {
 
 // eachDirBlock packs a directory's names into blocks, as many as fit in each.
 func eachDirBlock(kids []*node, emit func(block []dirent, used int)) {
-	var block []dirent
+	block := make([]dirent, 0, min(len(kids)+2, BlockSize/direntSize))
 	used := 0
 	add := func(d dirent) {
 		need := direntSize + len(d.name)
@@ -229,6 +215,7 @@ func encodeXattrs(e *Entry) ([]byte, error) {
 // imageWriter writes the image from front to back and keeps the first error.
 type imageWriter struct {
 	w   *bufio.Writer
+	buf [inodeSize + chunkSize]byte // of the inode that is written
 	at  int64
 	err error
 }
@@ -253,11 +240,11 @@ func (o *imageWriter) pad(to int64) {
 func (l *layout) uuid() []byte {
 	h := sha256.New()
 	var b []byte
-	for i, p := range l.inodes {
-		b = binary.LittleEndian.AppendUint64(b, uint64(p.off))
-		b = binary.LittleEndian.AppendUint64(b, uint64(p.size))
-		b = append(append(b, p.in.entry.Name...), 0)
-		if len(b) > 64<<10 || i == len(l.inodes)-1 {
+	for i, n := range l.order {
+		b = binary.LittleEndian.AppendUint64(b, n.inode.nid*nidUnit)
+		b = binary.LittleEndian.AppendUint64(b, uint64(n.inode.size))
+		b = append(l.tree.appendPath(b, n), 0)
+		if len(b) > 64<<10 || i == len(l.order)-1 {
 			h.Write(b)
 			b = b[:0]
 		}
@@ -274,13 +261,13 @@ func (o *imageWriter) superblock(l *layout, devices []Device) {
 	le.PutUint32(sb[0:], sbMagic)
 	le.PutUint32(sb[8:], compatChksum|compatMtime)
 	sb[12] = blockBits
-	le.PutUint16(sb[14:], uint16(l.root.nid))
-	le.PutUint64(sb[16:], uint64(len(l.inodes)))
+	le.PutUint16(sb[14:], uint16(l.tree.root.inode.nid))
+	le.PutUint64(sb[16:], uint64(len(l.order)))
 	le.PutUint32(sb[36:], uint32(l.end/BlockSize))
 	copy(sb[48:64], l.uuid())
 	copy(sb[64:80], "varve")
-	for _, p := range l.inodes {
-		if len(p.xattrs) > 0 {
+	for _, n := range l.order {
+		if len(n.inode.xattrs()) > 0 {
 			sb[64+15] = hasXattrs
 			break
 		}
@@ -303,11 +290,11 @@ func (o *imageWriter) superblock(l *layout, devices []Device) {
 	var rest sliceWriter
 	first.w = bufio.NewWriter(&rest)
 	first.at = l.meta
-	for _, p := range l.inodes {
-		if p.off >= BlockSize {
+	for _, n := range l.order {
+		if n.inode.nid*nidUnit >= BlockSize {
 			break
 		}
-		first.inode(p)
+		first.inode(n)
 	}
 	first.w.Flush()
 	block := append(head[:l.meta:l.meta], rest...)
@@ -324,84 +311,84 @@ type sliceWriter []byte
 
 func (s *sliceWriter) Write(b []byte) (int, error) { *s = append(*s, b...); return len(b), nil }
 
-func (o *imageWriter) inode(p *placed) {
+func (o *imageWriter) inode(n *node) {
 	le := binary.LittleEndian
-	e := p.in.entry
-	var b [inodeSize]byte
-	le.PutUint16(b[0:], uint16(1|p.layout<<1))
-	if len(p.xattrs) > 0 {
-		le.PutUint16(b[2:], uint16((len(p.xattrs)-xattrHeader)/4+1))
+	in := n.inode
+	f, xattrs := in.form(), in.xattrs()
+	clear(o.buf[:])
+	b, chunk := o.buf[:inodeSize], o.buf[inodeSize:]
+	le.PutUint16(b[0:], uint16(1|f.layout<<1))
+	if len(xattrs) > 0 {
+		le.PutUint16(b[2:], uint16((len(xattrs)-xattrHeader)/4+1))
 	}
-	le.PutUint16(b[4:], uint16(e.Mode))
-	le.PutUint64(b[8:], uint64(p.size))
-	var chunk [chunkSize]byte
+	le.PutUint16(b[4:], uint16(in.mode))
+	le.PutUint64(b[8:], uint64(in.size))
 	switch {
-	case p.layout == layoutChunks:
+	case f.layout == layoutChunks:
 		// One chunk holds the whole file, since its bytes lie together.
-		le.PutUint16(b[16:], chunkIndexes|uint16(max(blockBits, bits.Len64(uint64(p.size-1)))-blockBits))
-		le.PutUint16(chunk[2:], uint16(p.in.layer+1))
-		le.PutUint32(chunk[4:], uint32(e.Data/BlockSize))
-	case e.Type() == unix.S_IFCHR || e.Type() == unix.S_IFBLK:
-		le.PutUint32(b[16:], e.Rdev)
+		le.PutUint16(b[16:], chunkIndexes|uint16(max(blockBits, bits.Len64(uint64(in.size-1)))-blockBits))
+		le.PutUint16(chunk[2:], uint16(in.layer+1))
+		le.PutUint32(chunk[4:], uint32(in.at/BlockSize))
+	case in.isType(unix.S_IFCHR) || in.isType(unix.S_IFBLK):
+		if in.more != nil {
+			le.PutUint32(b[16:], in.more.rdev)
+		}
 	default:
-		le.PutUint32(b[16:], uint32(p.block))
+		le.PutUint32(b[16:], uint32(in.at))
 	}
-	le.PutUint32(b[20:], uint32(p.in.nid))
-	le.PutUint32(b[24:], e.UID)
-	le.PutUint32(b[28:], e.GID)
-	le.PutUint64(b[32:], uint64(e.Mtime))
-	le.PutUint32(b[40:], e.MtimeNs)
-	le.PutUint32(b[44:], uint32(p.in.nlink))
-	o.pad(p.off)
-	o.write(b[:])
-	o.write(p.xattrs)
+	le.PutUint32(b[20:], uint32(in.nid))
+	le.PutUint32(b[24:], in.uid)
+	le.PutUint32(b[28:], in.gid)
+	le.PutUint64(b[32:], uint64(in.mtime))
+	le.PutUint32(b[40:], in.mtimeNs)
+	le.PutUint32(b[44:], in.nlink)
+	o.pad(int64(in.nid) * nidUnit)
+	o.write(b)
+	o.write(xattrs)
 	switch {
-	case p.layout == layoutChunks:
+	case f.layout == layoutChunks:
 		o.pad(alignUp(o.at, chunkSize))
-		o.write(chunk[:])
-	case p.inline > 0:
-		o.write(p.tail())
+		o.write(chunk)
+	case f.inline > 0:
+		o.write(n.contents()[f.blocks*BlockSize:])
 	}
 }
 
 // data writes the blocks that did not fit beside the inode.
-func (o *imageWriter) data(p *placed) {
-	if p.blocks == 0 {
+func (o *imageWriter) data(n *node) {
+	blocks := n.inode.form().blocks
+	if blocks == 0 {
 		return
 	}
-	o.pad(p.block * BlockSize)
-	if p.kids == nil {
-		o.write([]byte(p.in.entry.Link))
-	} else {
-		all := p.dirents()
-		o.write(all[:min(int64(len(all)), p.blocks*BlockSize)])
-	}
-	o.pad((p.block + p.blocks) * BlockSize)
+	o.pad(n.inode.at * BlockSize)
+	all := n.contents()
+	o.write(all[:min(int64(len(all)), blocks*BlockSize)])
+	o.pad((n.inode.at + blocks) * BlockSize)
 }
 
-// tail gives the bytes that follow the inode.
-func (p *placed) tail() []byte {
-	if p.in.entry.Type() == unix.S_IFLNK {
-		return []byte(p.in.entry.Link)
+// contents gives the bytes of a directory or symlink.
+func (n *node) contents() []byte {
+	if n.isDir() {
+		return n.dirents()
 	}
-	return p.dirents()[p.blocks*BlockSize:]
+	return []byte(n.inode.link())
 }
 
-// dirents encodes a directory's entries, p.size bytes.
-func (p *placed) dirents() []byte {
+// dirents encodes a directory's entries, as many bytes as its size says.
+func (n *node) dirents() []byte {
 	le := binary.LittleEndian
-	buf := make([]byte, 0, p.size)
-	eachDirBlock(p.kids, func(block []dirent, used int) {
+	buf := make([]byte, 0, n.inode.size)
+	eachDirBlock(n.kids.sorted(), func(block []dirent, used int) {
 		buf = append(buf, zeroes[:alignUp(len(buf), BlockSize)-len(buf)]...)
 		start := len(buf)
 		name := len(block) * direntSize
 		for _, d := range block {
-			nid, ft := p.in.nid, uint8(ftDir)
+			nid, ft := n.inode.nid, uint8(ftDir)
 			switch {
 			case d.node != nil:
-				nid, ft = d.node.inode.nid, fileType(d.node.inode.entry.Mode)
+				nid, ft = d.node.inode.nid, fileType(d.node.inode.mode)
 			case d.name == "..":
-				nid = p.parent.in.nid
+				nid = n.kids.parent.nid
 			}
 			buf = le.AppendUint64(buf, nid)
 			buf = le.AppendUint16(buf, uint16(name))
@@ -434,10 +421,4 @@ func fileType(mode uint32) uint8 {
 		return ftSock
 	}
 	return ftLnk
-}
-
-func reverse[T any](s []T) {
-	for i, j := 0, len(s)-1; i < j; i, j = i+1, j-1 {
-		s[i], s[j] = s[j], s[i]
-	}
 }

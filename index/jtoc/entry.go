@@ -36,12 +36,14 @@ type entry struct {
 	ChunkSize   int64             `json:"chunkSize"`
 	ChunkDigest string            `json:"chunkDigest"`
 	ChunkType   string            `json:"chunkType"`
+
+	lastTime string // of the entry before, which most share: see [plain]
 }
 
 func (e *entry) reset() {
 	x := e.Xattrs
 	clear(x)
-	*e = entry{Xattrs: x}
+	*e = entry{Xattrs: x, lastTime: e.lastTime}
 }
 
 // converter turns entries into those of a builder. A regular file is held back
@@ -59,7 +61,6 @@ type converter struct {
 	chunks  []index.Chunk
 	proof   []string // the chunks' digests, "" where the TOC has none
 	total   int      // chunks of all files
-	arena   []index.Chunk
 }
 
 func (c *converter) take(e *entry) error {
@@ -155,7 +156,7 @@ func (c *converter) finish() error {
 	if err := c.ends(); err != nil {
 		return err
 	}
-	return c.b.AddFile(c.file, c.keep())
+	return c.b.AddFile(c.file, c.chunks)
 }
 
 // ends sets where each chunk's frame ends, where the TOC tells. containers/storage
@@ -185,18 +186,6 @@ func (c *converter) ends() error {
 		}
 	}
 	return nil
-}
-
-// keep copies the chunks to where they can stay: the builder keeps them, and an
-// allocation a file would cost more than what it holds.
-func (c *converter) keep() []index.Chunk {
-	n := len(c.chunks)
-	if cap(c.arena)-len(c.arena) < n {
-		c.arena = make([]index.Chunk, 0, max(n, 1024))
-	}
-	from := len(c.arena)
-	c.arena = append(c.arena, c.chunks...)
-	return c.arena[from : from+n : from+n]
 }
 
 // convert turns the metadata of an entry that is not a chunk.
