@@ -19,6 +19,10 @@ var (
 	// ErrOffline says that bytes are missing and the network may not be asked.
 	ErrOffline = errors.New("missing, and the mount is offline")
 
+	// ErrNoRoom says that the store's disk is nearly full, and what is left is for
+	// those who wait.
+	ErrNoRoom = errors.New("the disk of the store is nearly full: what is left is kept for what is read")
+
 	errUnranged = errors.New("the registry does not serve ranges")
 	errAnswer   = errors.New("not the bytes that were asked for")
 	errStalled  = errors.New("nothing came for too long")

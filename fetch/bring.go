@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -75,6 +76,9 @@ func (b *bringing) away() bool {
 // part waits for a part's turn and has it brought.
 func (b *bringing) part(ctx context.Context, wg *sync.WaitGroup, p part) error {
 	l := p.layer.Layer
+	if b.f.store.Room() < l.size(p.frames) {
+		return fmt.Errorf("%v: %w", l, ErrNoRoom)
+	}
 	var t *trip
 	blob, err := l.blob()
 	if err != nil {
@@ -145,7 +149,7 @@ func (l *Layer) bring(claimed []int, gap int64, t *trip) {
 // for already it does not.
 func (l *Layer) fetchAhead(frames []int) {
 	const enough = 64
-	if l.f.schedule.waiting(ReadAhead) > enough {
+	if l.f.schedule.waiting(ReadAhead) > enough || l.f.store.Room() < l.size(frames) {
 		return
 	}
 	size := l.f.schedule.portion()
@@ -169,6 +173,14 @@ func (l *Layer) fetchAhead(frames []int) {
 			l.bring(claimed, nearby, t)
 		}()
 	}
+}
+
+// size gives how many bytes of the data file frames fill.
+func (l *Layer) size(frames []int) (n int64) {
+	for _, f := range frames {
+		n += sizeOf(l.frames.FramePieces(f))
+	}
+	return n
 }
 
 // pull brings all that is missing, as the background of a reader that takes most of

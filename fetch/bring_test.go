@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/bench/forms"
 	"github.com/varvefs/varve/bench/link"
@@ -453,5 +456,35 @@ func TestRecord(t *testing.T) {
 	}
 	if len(r.Uses()) != len(uses) || r.Last() != last || len(h.recordings.all()) != 0 {
 		t.Error("it goes on after its end")
+	}
+}
+
+// TestDiskNearlyFull keeps the store on a small disk: a burst that is larger stops
+// before it is full, and readers still find room.
+func TestDiskNearlyFull(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting a small disk needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("varve", dir, "tmpfs", 0, "size=20m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	l := makeLayer(t, forms.EStargz, small(80, 300_000, 1)) // 24 MB
+	s := serve(t, l)
+	m := on(t, dir, quick)
+	h := m.open(t, l, s.origin(l))
+	if err := m.Bring(t.Context(), everything(h), Bringing{Class: Profile}); !errors.Is(err, ErrNoRoom) {
+		t.Fatalf("it says %v", err)
+	}
+	if n := h.Local(); n < 8_000_000 || n > 20_000_000 {
+		t.Errorf("it stopped after %d bytes", n)
+	}
+	for _, name := range []string{"f000", "f079", "f078", "f077"} { // the last were not brought
+		checkFile(t, h, find(t, l, name))
 	}
 }

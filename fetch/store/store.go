@@ -165,6 +165,17 @@ func (s *Store) Remove(digest string) error { return os.RemoveAll(s.layerDir(dig
 // not remove it first.
 func (s *Store) Temp() (*os.File, error) { return os.CreateTemp(filepath.Join(s.dir, "tmp"), "file-") }
 
+// Room gives how many bytes may still be kept of what nobody waits for: the last
+// part of the disk is for what somebody does. It is negative where that is begun.
+func (s *Store) Room() int64 {
+	const reserve = 256 << 20
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return 0
+	}
+	return int64(st.Bavail)*st.Bsize - min(reserve, int64(st.Blocks)*st.Bsize/10)
+}
+
 // Bytes gives what the store takes on its disk, holes not counted.
 func (s *Store) Bytes() (n int64) {
 	filepath.WalkDir(s.dir, func(_ string, d fs.DirEntry, err error) error {
