@@ -222,13 +222,13 @@ func (l *Layer) missingIn(from, to int) (frames []int) {
 	return frames
 }
 
-// mayAhead reports whether one who has the layer open wants more to be fetched than
-// is asked for, by a network.
+// mayAhead reports whether one who has the layer open, by a network, is served by
+// more than what is asked for.
 func (l *Layer) mayAhead() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, h := range l.sources {
-		if !h.noAhead && remote(h.blob) {
+		if !h.noAhead && !h.known && remote(h.blob) {
 			return true
 		}
 	}

@@ -95,6 +95,28 @@ func TestNothingAhead(t *testing.T) {
 	}
 }
 
+// TestKnownStart reads what a burst has announced: nothing comes besides, until it is
+// over.
+func TestKnownStart(t *testing.T) {
+	l := makeLayer(t, forms.EStargz, small(100, 10_000, 1))
+	s := serve(t, l)
+	m := on(t, t.TempDir(), quick)
+	h := m.openAhead(t, l, s.origin(l))
+	h.Known(true)
+	s.Reset()
+	checkFile(t, h, find(t, l, "f050"))
+	calm(t, h)
+	if h.Unread() != 0 || len(s.ranges()) != 1 {
+		t.Errorf("%d bytes came besides: %v", h.Unread(), s.ranges())
+	}
+	h.Known(false)
+	checkFile(t, h, find(t, l, "f020"))
+	calm(t, h)
+	if h.Unread() == 0 {
+		t.Error("nothing comes besides when the start is over")
+	}
+}
+
 // TestSequentialReader reads a large file from its beginning: requests become wide,
 // several at once, and no byte comes twice.
 func TestSequentialReader(t *testing.T) {

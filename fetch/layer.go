@@ -80,10 +80,19 @@ type Handle struct {
 	blob    Blob
 	diffID  func() (string, error)
 	noAhead bool // see Request
+	known   bool // see Known; guarded by the layer's mu
 }
 
 // About says how the layer is read.
 func (l *Layer) About() About { return *l.about.Load() }
+
+// Known says whether it is known what will be read of the layer by this one, and is
+// being brought: then nothing else comes besides what is asked for.
+func (h *Handle) Known(known bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.known = known
+}
 
 // Close takes the handle's blob away from the layer.
 func (h *Handle) Close() {
