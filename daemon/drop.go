@@ -44,12 +44,11 @@ func (d *Daemon) Drop(o DropOptions) ([]Dropped, error) {
 	for _, digest := range digests {
 		for _, l := range d.fetcher.Layers(digest) {
 			x := Dropped{Layer: digest}
-			if d.faces.readInPlace(l.Key) {
+			n, kept, err := d.faces.drop(l)
+			if x.Bytes = n; kept {
 				x.Kept = "the kernel reads it in place for a mount: unmount that first"
-			} else if n, err := l.Drop(); err != nil {
+			} else if err != nil {
 				errs = append(errs, err)
-			} else {
-				x.Bytes = n
 			}
 			out = append(out, x)
 		}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/fs"
@@ -22,6 +23,9 @@ const (
 	faceFuse   = "fuse"
 )
 
+// hasKernelFace is why a mount has the kernel face where none was asked for.
+const hasKernelFace = "the kernel can mount EROFS over files served by FUSE"
+
 // faces mounts trees. Whether the kernel's EROFS can read through a FUSE file is
 // found out by doing it, once, when it is first asked.
 type faces struct {
@@ -34,7 +38,7 @@ type faces struct {
 	data   *fs.DataFiles
 	served *fs.Served
 	lowers map[string]*lower // by directory
-	plain  map[string]int    // by layer: kernel mounts that read its data file in place
+	plain  map[string]int    // by layer: kernel mounts that read its data file in place; less than 0 while it is dropped
 }
 
 func newFaces(d *Daemon) *faces {
@@ -64,7 +68,7 @@ func (f *faces) choose(asked string) (kind, reason string, err error) {
 	case why == nil && asked == faceKernel:
 		return faceKernel, "asked for", nil
 	case why == nil:
-		return faceKernel, "the kernel mounts EROFS over files served by FUSE", nil
+		return faceKernel, hasKernelFace, nil
 	case asked == faceKernel:
 		return "", "", fmt.Errorf("the kernel face cannot be had here: %w (--face fuse works without)", why)
 	}
@@ -78,7 +82,7 @@ func (f *faces) options(t *tree, setuid bool) fs.Options {
 func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 	o := f.options(t, setuid)
 	if kind == faceKernel {
-		return f.kernel(dir, t, o)
+		return f.kernel(dir, t, o, false)
 	}
 	s, err := fs.Serve(dir, fs.NewTree(t.index.Image, t.data(), o), o)
 	if err != nil {
@@ -87,32 +91,41 @@ func (f *faces) mount(dir, kind string, t *tree, setuid bool) (face, error) {
 	return s, nil
 }
 
-// beneath mounts the kernel face of t in the place of the mount at dir.
-func (f *faces) beneath(dir string, t *tree, setuid bool) (face, error) {
+// beneath mounts the kernel face of t beneath the mount at dir that has this id.
+// Plain has it read all layers in place, or fail with errNotReady.
+func (f *faces) beneath(dir string, id uint64, t *tree, setuid, plain bool) (*kernelFace, error) {
 	o := f.options(t, setuid)
-	o.Beneath = true
-	return f.kernel(dir, t, o)
+	o.Beneath = id
+	return f.kernel(dir, t, o, plain)
 }
 
-func (f *faces) kernel(dir string, t *tree, o fs.Options) (face, error) {
+func (f *faces) kernel(dir string, t *tree, o fs.Options, plain bool) (_ *kernelFace, err error) {
 	k := &kernelFace{faces: f}
+	defer func() {
+		if err != nil {
+			f.leave(k.plain)
+		}
+	}()
 	paths := make([]string, len(t.layers))
 	for i, l := range t.layers {
-		var err error
-		if paths[i], err = f.device(l); err != nil {
+		if f.claim(l) {
+			k.plain = append(k.plain, l.Key)
+			paths[i] = l.Path()
+			continue
+		}
+		if plain {
+			return nil, errNotReady
+		}
+		k.served, o.Direct = true, true
+		if paths[i], err = f.serve(dataName(l.Key), l.Layer); err != nil {
 			return nil, err
 		}
-		if paths[i] == l.Path() {
-			k.plain = append(k.plain, l.Key)
-		} else {
-			o.Direct = true
-		}
 	}
-	f.inPlace(k.plain, 1) // before it reads them
-	var err error
 	if k.Kernel, err = fs.MountKernel(dir, t.index.file, paths, o); err != nil {
-		f.inPlace(k.plain, -1)
 		return nil, err
+	}
+	if k.served && o.Beneath == 0 {
+		k.id, _ = fs.MountID(dir) // without it, it stays as it is
 	}
 	return k, nil
 }
@@ -120,8 +133,13 @@ func (f *faces) kernel(dir string, t *tree, o fs.Options) (face, error) {
 // kernelFace is the kernel's EROFS over the data files of layers.
 type kernelFace struct {
 	*fs.Kernel
-	faces *faces
-	plain []string // the layers whose data files it reads in place
+	faces  *faces
+	plain  []string // the layers whose data files it reads in place
+	served bool     // whether there are others, which it reads from us
+	id     uint64   // see [fs.MountID]; 0 where that is not known
+
+	stays error     // why it did not change over; guarded by Daemon.mu, as is
+	again time.Time // when it is to be tried again, zero for never
 }
 
 // Unmount ends the mount. Nobody says when the last has left one that was taken
@@ -130,37 +148,55 @@ func (k *kernelFace) Unmount(lazy bool) error {
 	err := k.Kernel.Unmount(lazy)
 	select {
 	case <-k.Done():
-		k.faces.inPlace(k.plain, -1)
+		k.faces.leave(k.plain)
 		k.plain = nil
 	default:
 	}
 	return err
 }
 
-func (f *faces) inPlace(keys []string, by int) {
+// ready reports whether the kernel may read a layer's data file by itself: all of
+// it is here, and if others made its index, that was proven.
+func ready(l *fetch.Handle) bool { return l.Whole() && !l.About().Unproven }
+
+// claim has a layer's data file stay as it is for a mount that reads it in place,
+// so that nothing of ours is in the way, if that may be. Else we serve it.
+func (f *faces) claim(l *fetch.Handle) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.plain[l.Key] < 0 || !ready(l) {
+		return false
+	}
+	f.plain[l.Key]++
+	return true
+}
+
+// leave undoes claims.
+func (f *faces) leave(keys []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, k := range keys {
-		f.plain[k] += by
+		f.plain[k]--
 	}
 }
 
-// readInPlace reports whether the kernel reads a layer's data file without asking.
-func (f *faces) readInPlace(key string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.plain[key] > 0
-}
-
-// device gives the path that the kernel reads a layer's data from: the plain
-// file where all of it is here, so that nothing of ours is in the way; else the
-// file that we serve. One whose index others made is not read behind our back
-// before it is proven.
-func (f *faces) device(l *fetch.Handle) (string, error) {
-	if l.Whole() && !l.About().Unproven {
-		return l.Path(), nil
+// drop drops a layer's frames, unless the kernel reads its data file in place.
+func (f *faces) drop(l *fetch.Layer) (bytes int64, kept bool, err error) {
+	add := func(by int) (kept bool) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.plain[l.Key] > 0 {
+			return true
+		}
+		f.plain[l.Key] += by
+		return false
 	}
-	return f.serve(dataName(l.Key), l.Layer)
+	if add(-1) {
+		return 0, true, nil
+	}
+	defer add(1)
+	bytes, err = l.Drop()
+	return bytes, false, err
 }
 
 // dataName is what a layer's data file is called.

@@ -112,6 +112,7 @@ func (d *Daemon) sweep() {
 		os.Remove(path)
 	}
 	d.sweepUppers()
+	d.sweepProfiles()
 }
 
 func (d *Daemon) bringBack(ctx context.Context, m *mount) error {
@@ -126,7 +127,8 @@ func (d *Daemon) bringBack(ctx context.Context, m *mount) error {
 	if err := d.checkDir(m.Dir); err != nil {
 		return err
 	}
-	m.target = m.Target
+	m.target, m.restoring = m.Target, true
+	defer func() { m.restoring = false }()
 	return m.up(ctx, func(event) {})
 }
 

@@ -98,6 +98,8 @@ func (d *DataFiles) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.S
 	return fuse.ENOSYS
 }
 
+func (d *DataFiles) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
+
 func (d *DataFiles) ReadDir(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	return fuse.OK // names are for those who know them
 }

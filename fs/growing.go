@@ -143,9 +143,11 @@ func (t *Growing) Readlink(_ <-chan struct{}, h *fuse.InHeader) (_ []byte, st fu
 	return []byte(n.Entry.Link), fuse.OK
 }
 
-// Open answers ENOSYS as [Tree.Open] does. OpenDir must not: the kernel would keep
+// Open and Flush answer ENOSYS as those of [Tree] do. OpenDir must not: the kernel would keep
 // listings (fuse_file_open in fs/fuse/file.c sets FOPEN_CACHE_DIR).
 func (t *Growing) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
+
+func (t *Growing) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 func (t *Growing) OpenDir(_ <-chan struct{}, _ *fuse.OpenIn, _ *fuse.OpenOut) (st fuse.Status) {
 	defer t.ops.done(opOpendir, time.Now(), &st)

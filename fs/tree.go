@@ -16,8 +16,8 @@ const forever = 10 * 365 * 24 * time.Hour
 
 // Tree is the FUSE face: an image's tree, read in place from its index. A node's
 // id is its EROFS nid; nothing is kept for an inode that the kernel knows, so a
-// mount of a million files costs what an empty one does. OPEN and OPENDIR are
-// refused once and never come again.
+// mount of a million files costs what an empty one does. OPEN, OPENDIR
+// and FLUSH are refused once and never come again.
 type Tree struct {
 	fuse.RawFileSystem
 	im     *index.Image
@@ -111,6 +111,9 @@ func (t *Tree) Readlink(_ <-chan struct{}, h *fuse.InHeader) (_ []byte, st fuse.
 func (t *Tree) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
 
 func (t *Tree) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
+
+// Flush answers ENOSYS so that no close asks again (fuse_flush in fs/fuse/file.c).
+func (t *Tree) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 func (t *Tree) ReadDir(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.DirEntryList) (st fuse.Status) {
 	defer t.ops.done(opReaddir, time.Now(), &st)

@@ -63,9 +63,11 @@ func ServeUnion(dir string, u *Union, o Options) (*Served, error) {
 		newLoop(c, u, opts, o.Log).run()
 		u.OnUnmount()
 	}()
-	// Whoever asks for anything waits until the kernel's INIT is answered.
 	if root {
-		s.readAhead(maxRead >> 10)
+		// What the kernel reads ahead may be changed once its INIT is answered:
+		// who asks for anything waits for that.
+		var st unix.Stat_t
+		unix.Stat(dir, &st)
 	}
 	return s, nil
 }

@@ -1,0 +1,69 @@
+package daemon
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/varvefs/varve/fs"
+)
+
+// TestRest gives up pages that are at rest, and no others.
+func TestRest(t *testing.T) {
+	// Where the tests' directory is on tmpfs nothing ever reaches a disk.
+	dir, err := os.MkdirTemp("/var/tmp", "rest-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	f, err := os.Create(filepath.Join(dir, "data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	page := make([]byte, 4096)
+	write := func(pages int) {
+		t.Helper()
+		for range pages {
+			if _, err := f.Write(page); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cached := func() uint64 {
+		t.Helper()
+		n, _, err := fs.Cached(int(f.Fd()))
+		if err != nil {
+			t.Skip("the kernel does not tell what it caches:", err)
+		}
+		return n
+	}
+	layers := map[string]fs.Data{"layer": &probeData{file: f}}
+	r := rest{}
+
+	write(16)
+	r.forget(layers)
+	r.forget(layers)
+	if n := cached(); n != 16 {
+		t.Errorf("%d pages of 16 that had not reached the disk", n)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	write(1)
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	r.forget(layers)
+	if n := cached(); n != 17 {
+		t.Errorf("%d pages of 17, to which one had come", n)
+	}
+	r.forget(layers)
+	if n := cached(); n != 0 {
+		t.Errorf("%d pages are left of those at rest", n)
+	}
+	r.forget(nil)
+	if len(r) != 0 {
+		t.Errorf("what is remembered of layers that nobody reads: %v", r)
+	}
+}
