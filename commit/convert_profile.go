@@ -67,6 +67,15 @@ func ParseProfile(r io.Reader) (*Profile, error) {
 	return p, nil
 }
 
+// Paths gives the files, as [index.Clean] gives paths.
+func (p *Profile) Paths() []string {
+	out := make([]string, len(p.lines))
+	for i, l := range p.lines {
+		out[i] = l.path
+	}
+	return out
+}
+
 func parseProfileLine(text string) (profileLine, error) {
 	line := profileLine{layer: -1}
 	name := text

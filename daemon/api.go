@@ -79,6 +79,7 @@ type ImageOptions struct {
 
 	target string   // the image ID of a mount that comes back, whatever its tag names by now
 	keys   []string // what its layers had in the store
+	alone  bool     // nothing is fetched but what is read
 }
 
 // MountOptions are what `varve mount` asks for.
@@ -94,6 +95,12 @@ type MountOptions struct {
 	Overlay string `json:"overlay,omitempty"` // who writes it: auto (default), kernel, fuse
 
 	Wait bool `json:"wait,omitempty"` // until layers that must be read whole have been
+
+	Prefetch string `json:"prefetch,omitempty"` // what is fetched ahead of need: none, profile (default), all
+	Profile  string `json:"profile,omitempty"`  // the workload whose start-up profile is used and recorded
+	// RecordFor is how long the start is recorded, 0: not at all. nil: until it goes
+	// quiet.
+	RecordFor *time.Duration `json:"record_for,omitempty"`
 }
 
 // Mount is what is known of a mount.
@@ -119,6 +126,10 @@ type Mount struct {
 	OverlayReason string     `json:"OverlayReason,omitempty"`
 	UpperBytes    int64      `json:"UpperBytes,omitempty"` // on disk; in an inspection only
 	Unmounted     *time.Time `json:"Unmounted,omitempty"`  // since when only its changes are kept
+
+	Prefetch  string      `json:"Prefetch,omitempty"` // none, profile, all
+	Profile   *ProfileUse `json:"Profile,omitempty"`
+	Recording bool        `json:"Recording"` // what it reads first is noted for the next start
 
 	Files   uint64  `json:"Files"`   // inodes of the image
 	Size    int64   `json:"Size"`    // bytes of all layers, compressed
@@ -284,5 +295,9 @@ type event struct {
 	Converted *Converted `json:"converted,omitempty"`
 	Saved     bool       `json:"saved,omitempty"`
 	Indexed   *Indexed   `json:"indexed,omitempty"`
+	Pulled    *Pulled    `json:"pulled,omitempty"`
+	Warmed    *Warmed    `json:"warmed,omitempty"`
 	Error     *Error     `json:"error,omitempty"`
+
+	Profile *ProfileInfo `json:"profile,omitempty"`
 }

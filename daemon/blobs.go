@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/time/rate"
 
 	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/image"
@@ -25,7 +26,11 @@ type blobs struct {
 
 // blob gives a layer's bytes, nil if they are not here and the network may not
 // be asked. What it gives lives until Close.
-func (b *blobs) blob(l image.Layer) (fetch.Blob, error) {
+func (b *blobs) blob(l image.Layer) (fetch.Blob, error) { return b.limited(l, nil) }
+
+// limited is blob for who takes what the network brings no faster than a limit
+// allows, if there is one.
+func (b *blobs) limited(l image.Layer, limit *rate.Limiter) (fetch.Blob, error) {
 	f, size, err := b.d.images.OpenBlob(l.Digest)
 	if err == nil {
 		b.mu.Lock()
@@ -47,7 +52,11 @@ func (b *blobs) blob(l image.Layer) (fetch.Blob, error) {
 			return fetch.File{R: at.Local, N: at.Size}, nil
 		}
 		for _, o := range at.Origins {
-			origins = append(origins, fetch.Origin{URL: o.URL, Transport: o.Transport})
+			via := o.Transport
+			if limit != nil {
+				via = slow{via, limit}
+			}
+			origins = append(origins, fetch.Origin{URL: o.URL, Transport: via})
 		}
 	}
 	if len(origins) == 0 {

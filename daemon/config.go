@@ -20,12 +20,18 @@ type Config struct {
 	Level    slog.Level
 	Metrics  string // loopback address for Prometheus, "" for none
 	Patience fetch.Patience
+
+	BackgroundRate  int64       // bytes a second of what nobody waits for, 0 for no limit
+	BackgroundHours fetch.Hours // when that may be fetched at all; the zero value is always
 }
 
 // file is what config.toml may say.
 type file struct {
 	Metrics  string `toml:"metrics"`
 	LogLevel string `toml:"log_level"`
+
+	LimitRate       string `toml:"limit_rate"`
+	BackgroundHours string `toml:"background_hours"`
 }
 
 // LoadConfig reads config.toml and conf.d/*.toml of the configuration directory,
@@ -60,9 +66,22 @@ func LoadConfig(d Dirs) (Config, error) {
 				return c, fmt.Errorf("%s: log_level: %w", path, err)
 			}
 		}
+		if t.LimitRate != "" {
+			if c.BackgroundRate, err = ParseRate(t.LimitRate); err != nil {
+				return c, fmt.Errorf("%s: limit_rate: %w", path, err)
+			}
+		}
+		if t.BackgroundHours != "" {
+			if c.BackgroundHours, err = fetch.ParseHours(t.BackgroundHours); err != nil {
+				return c, fmt.Errorf("%s: background_hours: %w", path, err)
+			}
+		}
 	}
 	return c, nil
 }
+
+// ParseHours reads hours of the day, such as 22:00-06:00.
+func ParseHours(s string) (fetch.Hours, error) { return fetch.ParseHours(s) }
 
 // Auth says where registry credentials are, never what they are.
 type Auth = image.Auth

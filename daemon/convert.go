@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/varvefs/varve/commit"
+	"github.com/varvefs/varve/fetch/profile"
 	"github.com/varvefs/varve/image"
 )
 
@@ -27,9 +28,12 @@ type ConvertOptions struct {
 	OCI          bool   `json:"oci,omitempty"`           // docker's media types become OCI's
 	Force        bool   `json:"force,omitempty"`         // layers that have the form already, too
 	Push         bool   `json:"push,omitempty"`
-	// Profile is the files that come first, as [commit.ParseProfile] reads them,
-	// packed by [PackProfile]; nil: none.
+	// Profile is the files that come first, as [commit.ParseProfile] reads them or a
+	// start-up profile, packed by [PackProfile]; nil: none.
 	Profile []byte `json:"profile,omitempty"`
+	// Stored is the workload whose start-up profile, which is kept here, says what
+	// comes first; "default" for the image's own, "" for none.
+	Stored string `json:"stored,omitempty"`
 }
 
 // Converted is what came of a conversion.
@@ -73,6 +77,9 @@ func (d *Daemon) Convert(ctx context.Context, o ConvertOptions, n note) (*Conver
 	if err := c.open(ctx); err != nil {
 		return nil, err
 	}
+	if err := c.begin(ctx); err != nil {
+		return nil, err
+	}
 	defer func() { c.made.Discard() }()
 	if err := c.convert(ctx); err != nil {
 		return nil, err
@@ -99,6 +106,8 @@ type converting struct {
 	note note
 
 	from, name image.Name
+	how        commit.ConvertOptions
+	start      *profile.Profile // that says what comes first; nil: none
 	made       *commit.Converter
 
 	src     image.Source // nil when it may not be asked
@@ -139,21 +148,66 @@ func (c *converting) check() (err error) {
 	if _, err := image.NormalizePlatform(c.Platform); err != nil {
 		return err
 	}
-	o := commit.ConvertOptions{
+	c.how = commit.ConvertOptions{
 		To: commit.Compression(c.To), OCI: c.OCI, Force: c.Force, Dir: c.dirs.State,
 		Report: c.note.report, Warn: c.note.warn,
 	}
 	if c.Profile != nil {
-		z, err := gzip.NewReader(bytes.NewReader(c.Profile))
-		if err != nil {
-			return fmt.Errorf("profile: %w", err)
+		raw, err := unpackProfile(c.Profile)
+		if err == nil && profile.Is(raw) {
+			c.start, err = profile.Decode(raw)
+		} else if err == nil {
+			c.how.Profile, err = commit.ParseProfile(bytes.NewReader(raw))
 		}
-		if o.Profile, err = commit.ParseProfile(z); err != nil {
+		if err != nil {
 			return err
 		}
 	}
-	c.made, err = commit.NewConverter(c.images, o)
+	if c.Stored != "" {
+		if _, err := profile.ParseName(c.Stored); err != nil {
+			return err
+		}
+	}
+	_, err = commit.ParseCompression(c.To)
 	return err
+}
+
+// begin makes the converter, when it is known what comes first: a start-up profile
+// names parts of layers, and the image's names say which files those are.
+func (c *converting) begin(ctx context.Context) (err error) {
+	if c.start != nil || c.Stored != "" {
+		if c.how.Profile, err = c.firstFiles(ctx); err != nil {
+			return err
+		}
+	}
+	c.made, err = commit.NewConverter(c.images, c.how)
+	return err
+}
+
+func (c *converting) firstFiles(ctx context.Context) (*commit.Profile, error) {
+	r, err := c.resolve(ctx, c.ImageOptions, c.note)
+	if err != nil {
+		return nil, err
+	}
+	if c.start == nil {
+		name, err := profile.ParseName(c.Stored)
+		if err == nil {
+			c.start, err = c.storedProfile(r, name)
+		}
+		if err != nil {
+			r.close()
+			return nil, err
+		}
+	}
+	t, err := r.tree(ctx, c.note, false)
+	if err != nil {
+		return nil, err
+	}
+	defer t.close()
+	if err := c.start.Check(t.manifest.Digest.String(), profileLayers(t)); err != nil {
+		return nil, fmt.Errorf("%s: %w%w", c.from.Familiar(), err, silent{errUsage})
+	}
+	return t.toConvert(c.start)
 }
 
 func (c *converting) close() {
@@ -165,6 +219,9 @@ func (c *converting) close() {
 	}
 }
 
+// commonPlatforms are those one of which a manifest list is likely to have.
+var commonPlatforms = []string{"linux/amd64", "linux/arm64", "linux/arm/v7", "linux/s390x", "linux/ppc64le", "linux/riscv64", "linux/386", "windows/amd64"}
+
 // open finds the image.
 func (c *converting) open(ctx context.Context) (err error) {
 	if c.src, err = c.source(c.from, c.ImageOptions); err != nil && !c.from.IsID() {
@@ -172,7 +229,7 @@ func (c *converting) open(ctx context.Context) (err error) {
 	}
 	c.base, c.config, err = c.manifest(ctx, c.src, c.from, c.ImageOptions, c.note)
 	// A source finds a list by one of its platforms only.
-	for _, p := range []string{"linux/amd64", "linux/arm64", "linux/arm/v7", "linux/s390x", "linux/ppc64le", "linux/riscv64", "linux/386", "windows/amd64"} {
+	for _, p := range commonPlatforms {
 		if !c.AllPlatforms || !errors.Is(err, image.ErrNoPlatform) {
 			break
 		}
@@ -267,7 +324,7 @@ func (c *converting) entry(ctx context.Context, e ocispec.Descriptor) (*image.Ma
 	if !commit.MayBeImage(e) {
 		return nil, nil, nil
 	}
-	platform, err := image.NormalizePlatform(strings.TrimSuffix(e.Platform.OS+"/"+e.Platform.Architecture+"/"+e.Platform.Variant, "/"))
+	platform, err := platformOf(e)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -45,6 +45,9 @@ type Daemon struct {
 
 	indexing singleflight.Group
 
+	profileMu sync.Mutex // held while a profile that is kept here is changed
+	unpushed  unpushed
+
 	indexMu sync.Mutex // guards what follows
 	indexes map[string]*sharedIndex
 }
@@ -78,7 +81,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	}
 	d.registries = image.NewRegistries(d.log, nil)
 	defer d.registries.Close()
-	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience})
+	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience, BackgroundRate: c.BackgroundRate, BackgroundHours: c.BackgroundHours})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
 	defer d.faces.close()
@@ -86,6 +89,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	defer d.background.Wait()
 	defer stop()
 	d.background.Go(func() { d.logFaults(ctx) })
+	d.background.Go(func() { d.attend(ctx) })
 	d.background.Go(func() { d.faces.probe() }) // while the first client still asks its registry
 	d.restore(ctx)
 	return d.serve(ctx, c.Metrics, ready)

@@ -18,6 +18,7 @@ import (
 type growth struct {
 	*fs.Served
 	tree   *index.Growing
+	id     uint64 // see [fs.MountID]; 0 where that is not known
 	cancel context.CancelFunc
 	done   chan struct{} // the mount is what it will be
 }
@@ -57,7 +58,7 @@ func (t *tree) soon(ctx context.Context) (bool, error) {
 }
 
 // grow mounts t, of which layers are still read.
-func (m *mount) grow(t *tree, kind string, n note) error {
+func (m *mount) grow(t *tree, start *start, kind string, n note) error {
 	d := m.d
 	g := index.NewGrowing(len(t.layers))
 	g.Want = func(i int) func() {
@@ -96,6 +97,7 @@ func (m *mount) grow(t *tree, kind string, n note) error {
 	ctx, fail := context.WithCancelCause(d.life)
 	cancel := func() { fail(nil) }
 	gr := &growth{Served: s, tree: g, cancel: cancel, done: make(chan struct{})}
+	gr.id, _ = fs.MountID(m.Dir)
 	for i, p := range t.passes {
 		if p != nil {
 			p.Watch(func(e index.Entry) {
@@ -107,7 +109,8 @@ func (m *mount) grow(t *tree, kind string, n note) error {
 	}
 	t.retain() // for the growth, which ends with the mount
 	d.mu.Lock()
-	m.tree, m.face, m.kind, m.err, m.coming, m.growth = t, gr, faceFuse, nil, false, gr
+	m.tree, m.face, m.kind, m.err, m.coming, m.growth, m.start = t, gr, faceFuse, nil, false, gr, start
+	start.mounted()
 	m.reason = fmt.Sprintf("%d of %d layers are still being read", left, len(t.layers))
 	d.m.Mounts.WithLabelValues("mounted", faceFuse).Inc()
 	d.mu.Unlock()
@@ -156,7 +159,7 @@ func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) erro
 			return err
 		}
 	}
-	o := m.ImageOptions
+	o := m.options()
 	o.target = t.manifest.Target.String()
 	whole, err := m.d.open(ctx, o, func(event) {})
 	if err != nil {
@@ -169,9 +172,12 @@ func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) erro
 		return errors.New("it was unmounted")
 	}
 	m.growth = nil
+	if m.start != nil {
+		m.start.grown(whole)
+	}
 	old := m.tree
 	m.tree, m.Keys = whole, whole.keys()
-	if err := m.changeOver(kind); err != nil {
+	if err := m.changeOver(g, kind); err != nil {
 		m.reason = fmt.Sprintf("it was mounted while layers were read, and stays so until it is mounted anew: %v", err)
 	}
 	go func() { <-g.Served.Done(); old.close() }() // who is in the old mount reads on
@@ -184,17 +190,26 @@ func (m *mount) grown(ctx context.Context, g *growth, t *tree, kind string) erro
 
 // changeOver puts the face of a mount in the place of what served it while it
 // grew. The caller holds mu.
-func (m *mount) changeOver(kind string) error {
+func (m *mount) changeOver(g *growth, kind string) error {
 	if kind != faceKernel {
 		return errors.New("only the kernel face can take another's place")
 	}
-	f, err := m.d.faces.beneath(m.Dir, m.tree, m.Setuid)
+	if g.id == 0 {
+		return errors.New("the kernel does not say which mount it is")
+	}
+	f, err := m.d.faces.beneath(m.Dir, g.id, m.tree, m.Setuid, false)
 	if err != nil {
 		return err
 	}
 	m.d.m.Mounts.WithLabelValues("mounted", m.kind).Dec()
-	m.face, m.kind, m.reason = f, kind, "the kernel mounts EROFS over files served by FUSE"
+	m.face, m.kind, m.reason = f, kind, hasKernelFace
 	m.d.m.Mounts.WithLabelValues("mounted", kind).Inc()
+	if err := g.Served.Unmount(true); err != nil {
+		return err
+	}
+	if f.served {
+		f.id, _ = fs.MountID(m.Dir)
+	}
 	return nil
 }
 

@@ -48,6 +48,8 @@ type indexes struct {
 	o    ImageOptions
 	m    *image.Manifest
 	once func() ([]foundIndex, error)
+
+	referrers func() ([]image.Referrer, error) // of the image
 }
 
 // indexesOf prepares to ask. What was found before for the same manifest is found
@@ -76,7 +78,7 @@ func (x *indexes) find(layer digest.Digest) ([]fetch.Found, error) {
 	all, err := x.once()
 	var out []fetch.Found
 	for _, f := range all {
-		if f.Layer != layer.String() {
+		if f.Layer != layer.String() || f.Kind == kindPrefetch {
 			continue
 		}
 		out = append(out, fetch.Found{Kind: f.Kind, Digest: f.Digest, Why: f.Why, Bytes: func(ctx context.Context) ([]byte, error) {
@@ -110,10 +112,13 @@ func (x *indexes) ask(ctx context.Context) ([]foundIndex, error) {
 			docs = append(docs, document{d, "by the manifest's annotation (SOCI v2)"})
 		}
 	}
-	refs, rerr := x.d.registries.Referrers(ctx, x.name, x.d.imageOptions(x.o), x.m.Digest, bundleIndexType, soci.TypeIndexV1)
+	refs, rerr := x.referrers()
 	for _, r := range refs {
 		if len(docs) == maxIndexes {
 			break
+		}
+		if r.ArtifactType == profileType {
+			continue
 		}
 		docs = append(docs, document{r.Digest, "as a referrer of the image"})
 	}
@@ -171,7 +176,41 @@ func (x *indexes) read(raw []byte, why string) ([]foundIndex, error) {
 	for _, z := range ztocs {
 		out = append(out, foundIndex{Layer: z.LayerDigest.String(), Kind: fetch.KindSOCI, Digest: z.Digest.String(), Repo: repo, Why: why})
 	}
+	for _, p := range soci.Prefetches(raw) {
+		out = append(out, foundIndex{Layer: p.LayerDigest.String(), Kind: kindPrefetch, Digest: p.Digest.String(), Repo: repo, Why: why})
+	}
 	return out, err
+}
+
+// kindPrefetch is no index but SOCI's list of what a start needs of a layer.
+const kindPrefetch = "soci-prefetch"
+
+// prefetch gives what SOCI's lists say that a start needs of a layer, which is read
+// by its spans.
+func (x *indexes) prefetch(ctx context.Context, h *fetch.Handle) (wants []fetch.Want, err error) {
+	all, err := x.once()
+	for _, f := range all {
+		if f.Layer != h.Digest || f.Kind != kindPrefetch || x.o.Offline {
+			continue
+		}
+		repo, err := image.ParseName(f.Repo)
+		if err != nil {
+			return nil, err
+		}
+		raw, err := x.d.registries.FetchBlob(ctx, repo, x.d.imageOptions(x.o), digest.Digest(f.Digest), soci.MaxPrefetch)
+		if err != nil {
+			return nil, err
+		}
+		spans, err := soci.ReadPrefetch(raw)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range spans {
+			wants = append(wants, h.Spans(s.First, s.Last)...)
+		}
+		return wants, nil
+	}
+	return nil, err
 }
 
 func (d *Daemon) indexesPath(m digest.Digest) string {

@@ -44,6 +44,9 @@ type mount struct {
 
 	jobs int // what reads the upper now, see [mount.use]; guarded by Daemon.mu
 
+	restoring bool   // the daemon brings it back, after its own restart
+	start     *start // of one that is up; guarded by Daemon.mu
+
 	// Of a writable mount that is up.
 	upper         *upper.Dir
 	union         *fs.Union // nil where the kernel writes
@@ -53,6 +56,9 @@ type mount struct {
 
 // Mount mounts an image.
 func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, err error) {
+	if err := o.checkStart(); err != nil {
+		return nil, err
+	}
 	start := time.Now()
 	defer func() {
 		result := "ok"
@@ -95,14 +101,29 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 }
 
 // up opens the image and mounts its face, the upper over it if there is one.
-func (m *mount) up(ctx context.Context, n note) error {
+func (m *mount) up(ctx context.Context, n note) (err error) {
 	kind, reason, err := m.d.faces.choose(m.Face)
 	if err != nil {
 		return err
 	}
-	o := m.ImageOptions
+	s := m.starting(kind, n)
+	defer func() {
+		if err != nil {
+			s.end()
+		}
+	}()
+	o := m.options()
 	o.keys = m.Keys
-	t, err := m.d.openTree(ctx, o, n, !m.Wait && !m.RW)
+	open := func(growing bool) (*tree, error) {
+		r, err := m.d.resolve(ctx, o, n)
+		if err != nil {
+			return nil, err
+		}
+		r.ready = s.opened
+		s.resolved(r)
+		return r.tree(ctx, n, growing)
+	}
+	t, err := open(!m.Wait && !m.RW)
 	if err != nil {
 		return err
 	}
@@ -112,13 +133,14 @@ func (m *mount) up(ctx context.Context, n note) error {
 			err = ctx.Err()
 		}
 		if err == nil && !soon {
-			return m.grow(t, kind, n)
+			s.growing(t)
+			return m.grow(t, s, kind, n)
 		}
 		t.close()
 		if err != nil {
 			return err
 		}
-		if t, err = m.d.open(ctx, o, n); err != nil {
+		if t, err = open(false); err != nil {
 			return err
 		}
 	}
@@ -137,9 +159,18 @@ func (m *mount) up(ctx context.Context, n note) error {
 	}
 	m.d.mu.Lock()
 	defer m.d.mu.Unlock()
-	m.tree, m.face, m.kind, m.reason, m.err, m.coming = t, f, kind, reason, nil, false
+	m.tree, m.face, m.kind, m.reason, m.err, m.coming, m.start = t, f, kind, reason, nil, false, s
+	s.mounted()
 	m.d.m.Mounts.WithLabelValues("mounted", kind).Inc()
+	m.advance()
 	return nil
+}
+
+// options gives those of the mount's image.
+func (m *mount) options() ImageOptions {
+	o := m.ImageOptions
+	o.alone = m.Prefetch == prefetchNone
+	return o
 }
 
 // down takes the face away. The caller holds mu.
@@ -155,6 +186,10 @@ func (m *mount) down(lazy bool) error {
 		return err
 	}
 	m.d.m.Mounts.WithLabelValues("mounted", m.kind).Dec()
+	if m.start != nil {
+		m.start.end()
+		m.start = nil
+	}
 	t, up, done := m.tree, m.upper, m.face.Done()
 	if _, ok := m.face.(*overlay); ok && up != nil {
 		// Nobody tells when the last has left what the kernel serves. Whether the
@@ -340,7 +375,7 @@ func (m *mount) view(layers bool) Mount {
 	name, _ := image.ParseName(m.Image)
 	v := Mount{
 		ID: m.ID, Name: m.Name, Image: name.Familiar(), Target: m.Target, Dir: m.Dir, Created: m.Created,
-		State: "mounted", Face: m.kind, FaceReason: m.reason, Offline: m.Offline, Platform: m.Platform,
+		State: "mounted", Face: m.kind, FaceReason: m.faceReason(), Offline: m.Offline, Platform: m.Platform,
 		RW: m.RW, Upper: m.Upper, Overlay: m.overlay, OverlayReason: m.overlayReason, Unmounted: m.Unmounted,
 	}
 	if m.tree == nil {
@@ -357,6 +392,9 @@ func (m *mount) view(layers bool) Mount {
 		return v
 	}
 	t := m.tree
+	if m.start != nil {
+		m.start.view(&v)
+	}
 	if m.growth != nil {
 		v.State = "reading"
 	}

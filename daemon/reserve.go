@@ -117,6 +117,7 @@ func (m *mount) again(o MountOptions) error {
 		m.Face = o.Face
 	}
 	m.Setuid = o.Setuid
+	m.Prefetch, m.Profile, m.RecordFor = o.Prefetch, o.Profile, o.RecordFor
 	m.target = m.Target
 	return nil
 }

@@ -76,12 +76,7 @@ func (d *Daemon) openTree(ctx context.Context, o ImageOptions, n note, growing b
 	if err != nil {
 		return nil, err
 	}
-	t := &tree{manifest: r.manifest, resolved: r}
-	if err := t.openLayers(ctx, n, growing); err != nil {
-		t.close()
-		return nil, fmt.Errorf("%s: %w", r.name.Familiar(), err)
-	}
-	return t, nil
+	return r.tree(ctx, n, growing)
 }
 
 // source gives where the image comes from, nil when it may not be asked.
@@ -125,7 +120,7 @@ func (d *Daemon) manifest(ctx context.Context, src image.Source, name image.Name
 	switch {
 	case lerr == nil && (src == nil || !fresh):
 		return local, config, nil
-	case lerr != nil && !errors.Is(lerr, image.ErrNotFound):
+	case lerr != nil && !errors.Is(lerr, image.ErrNotFound) && !errors.Is(lerr, image.ErrNoPlatform):
 		n.warn("%v", lerr) // damaged: got again, if it can be
 	}
 	if src == nil && name.IsLocal() && !o.Offline {
@@ -171,6 +166,9 @@ func (t *tree) openLayers(ctx context.Context, n note, growing bool) error {
 	}
 	if err != nil {
 		return err
+	}
+	if r.ready != nil && t.passes == nil {
+		r.ready(t)
 	}
 	if err := r.keep(); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 
 	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/image"
+	"github.com/varvefs/varve/index/soci"
 )
 
 // resolved is an image whose manifest is here and whose layers can be asked for.
@@ -22,6 +23,9 @@ type resolved struct {
 	known    []byte                   // the config, where it was here
 	config   func() ([]byte, error)   // asked for once
 	diffIDs  func() ([]string, error) // of the layers, by the config
+	// referrers lists the indexes and profiles that others pushed. Asked for once.
+	referrers func() ([]image.Referrer, error)
+	ready     func(*tree) // is told when all layers can be read; may be nil
 }
 
 // resolve finds an image. The manifest comes from the local store or the
@@ -76,11 +80,25 @@ func (d *Daemon) resolve(ctx context.Context, o ImageOptions, n note) (_ *resolv
 		return r.blobs.sources[len(r.blobs.sources)-1].Config(ctx, r.manifest)
 	})
 	r.diffIDs = sync.OnceValues(func() ([]string, error) { return d.diffIDs(r.manifest, r.config, o.Platform) })
+	r.referrers = sync.OnceValues(func() ([]image.Referrer, error) {
+		return d.registries.Referrers(ctx, name, d.imageOptions(o), r.manifest.Digest, bundleIndexType, soci.TypeIndexV1, profileType)
+	})
 	r.indexes = d.indexesOf(ctx, name, r.manifest, o)
+	r.indexes.referrers = r.referrers
 	return r, nil
 }
 
 func (r *resolved) close() { r.blobs.Close() }
+
+// tree opens the layers. What it gives closes the image with them; so does an error.
+func (r *resolved) tree(ctx context.Context, n note, growing bool) (*tree, error) {
+	t := &tree{manifest: r.manifest, resolved: r}
+	if err := t.openLayers(ctx, n, growing); err != nil {
+		t.close()
+		return nil, fmt.Errorf("%s: %w", r.name.Familiar(), err)
+	}
+	return t, nil
+}
 
 // request asks for layer i.
 func (r *resolved) request(ctx context.Context, i int, n note) (fetch.Request, error) {
@@ -94,7 +112,7 @@ func (r *resolved) request(ctx context.Context, i int, n note) (fetch.Request, e
 			}
 			return ids[i], nil
 		},
-		Progress: n.progress, Index: r.o.Index,
+		Progress: n.progress, Index: r.o.Index, NoAhead: r.o.alone,
 		Find: func(context.Context) ([]fetch.Found, error) { return r.indexes.find(l.Digest) },
 	}
 	if len(r.o.keys) == len(r.manifest.Layers) {

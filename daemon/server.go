@@ -186,6 +186,14 @@ func (d *Daemon) mux() *http.ServeMux {
 		p, err := d.Push(ctx, o, n)
 		return event{Push: p}, err
 	})
+	follow(mux, "POST /v1/pull", func(ctx context.Context, o PullOptions, n note) (event, error) {
+		p, err := d.Pull(ctx, o, n)
+		return event{Pulled: p}, err
+	})
+	follow(mux, "POST /v1/warm", func(ctx context.Context, o WarmOptions, n note) (event, error) {
+		w, err := d.Warm(ctx, o, n)
+		return event{Warmed: w}, err
+	})
 	follow(mux, "POST /v1/convert", func(ctx context.Context, o ConvertOptions, n note) (event, error) {
 		c, err := d.Convert(ctx, o, n)
 		return event{Converted: c}, err
@@ -196,6 +204,15 @@ func (d *Daemon) mux() *http.ServeMux {
 	})
 	handle(mux, "POST /v1/indexes", func(ctx context.Context, o ImageOptions) (any, error) { return d.Indexes(ctx, o) })
 	handle(mux, "POST /v1/indexes/rm", func(ctx context.Context, o IndexRemoval) (any, error) { return d.RemoveIndexes(ctx, o) })
+	handle(mux, "POST /v1/profiles", func(ctx context.Context, o ProfileOptions) (any, error) { return d.Profiles(ctx, o) })
+	handle(mux, "POST /v1/profiles/show", func(ctx context.Context, o ProfileOptions) (any, error) { return d.ShowProfile(ctx, o) })
+	handle(mux, "POST /v1/profiles/push", func(ctx context.Context, o ProfileOptions) (any, error) { return d.PushProfile(ctx, o) })
+	handle(mux, "POST /v1/profiles/pull", func(ctx context.Context, o ProfileOptions) (any, error) { return d.PullProfile(ctx, o) })
+	handle(mux, "POST /v1/profiles/rm", func(ctx context.Context, o ProfileOptions) (any, error) { return d.RemoveProfiles(ctx, o) })
+	follow(mux, "POST /v1/profiles/import", func(ctx context.Context, o ProfileOptions, n note) (event, error) {
+		p, err := d.ImportProfile(ctx, o, n)
+		return event{Profile: p}, err
+	})
 	handle(mux, "POST /v1/store/drop", func(_ context.Context, o DropOptions) (any, error) { return d.Drop(o) })
 	handle(mux, "POST /v1/diff", func(ctx context.Context, o UnmountOptions) (any, error) { return d.Diff(ctx, o.Mount) })
 	handle(mux, "POST /v1/rm", func(_ context.Context, o UnmountOptions) (any, error) { return d.Remove(o) })

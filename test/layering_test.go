@@ -21,7 +21,7 @@ const module = "github.com/varvefs/varve/"
 // measures and shows (bench and all below it, test) stands above everything; cmd/varve takes its demo from there.
 var arrows = map[string][]string{
 	"cmd/varve":         {"daemon", "bench/demo", "bench/link"},
-	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "commit", "image", "metrics"},
+	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "fetch/profile", "commit", "image", "metrics"},
 	"snapshotter":       {"daemon"},
 	"fs":                {"index", "fs/upper", "fetch/store", "metrics"},
 	"fs/upper":          {},
@@ -34,8 +34,9 @@ var arrows = map[string][]string{
 	"index/tarscan":     {"index", "index/inflate", "index/zstdblocks"},
 	"index/inflate":     {"index"},
 	"index/zstdblocks":  {"index"},
-	"fetch":             {"index", "index/...", "fetch/store", "metrics"},
+	"fetch":             {"index", "index/...", "fetch/store", "fetch/profile", "metrics"},
 	"fetch/store":       {"metrics"},
+	"fetch/profile":     {},
 	"commit":            {"index", "fs/upper", "image"},
 	"image":             {},
 	"metrics":           {},

@@ -159,7 +159,7 @@ func TestStoreDropKernel(t *testing.T) {
 
 	// A mount whose layer is not whole asks for what it reads.
 	r.requests(img)
-	dir = h.ok("mount", "--face", "kernel", ref)
+	dir = h.ok("mount", "--prefetch", "none", "--face", "kernel", ref)
 	got, _ := r.requests(img)
 	asked(t, "mount", got, nothing)
 	holds(t, filepath.Join(dir, names[5]), string(content(names[5], 100_000)))

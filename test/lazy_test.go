@@ -57,7 +57,7 @@ func onlyWhatIsRead(t *testing.T, form forms.Form, face string) {
 	ref := r.push("lazy/image:1", img)
 	h := newHost(t)
 
-	dir := h.ok("mount", "--face", face, ref)
+	dir := h.ok("mount", "--prefetch", "none", "--face", face, ref)
 	list(t, dir)
 	got, ranges := r.requests(img)
 	if got["ping"] > 1 || got["blob"] > 4 {
@@ -86,7 +86,7 @@ func onlyWhatIsRead(t *testing.T, form forms.Form, face string) {
 	asked(t, "second read", got, nothing)
 
 	h.ok("umount", dir)
-	dir = h.ok("mount", "--face", face, ref)
+	dir = h.ok("mount", "--prefetch", "none", "--face", face, ref)
 	list(t, dir)
 	got, _ = r.requests(img)
 	asked(t, "second mount", got, nothing)

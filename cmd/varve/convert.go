@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -37,12 +39,11 @@ func (a *app) convertCmd() *cobra.Command {
 			}
 			o.Ref = args[1]
 			if profile != "" {
-				text, err := os.ReadFile(profile)
-				if err != nil {
+				var err error
+				if name, stored := strings.CutPrefix(profile, "@"); stored {
+					o.Stored = cmp.Or(name, "default")
+				} else if o.Profile, err = readProfile(profile); err != nil {
 					return usageError{fmt.Errorf("--from-profile: %w", err)}
-				}
-				if o.Profile, err = daemon.PackProfile(text); err != nil {
-					return err
 				}
 			}
 			c, err := a.client()
@@ -71,7 +72,7 @@ func (a *app) convertCmd() *cobra.Command {
 	f.StringVar(&o.To, "to", "estargz", "the form: estargz, zstd:chunked, gzip, zstd")
 	f.BoolVar(&stargz, "estargz", false, "the same as --to estargz")
 	f.BoolVar(&chunked, "zstdchunked", false, "the same as --to zstd:chunked")
-	f.StringVar(&profile, "from-profile", "", "put first the files named in a file: paths, or stargz-snapshotter's records")
+	f.StringVar(&profile, "from-profile", "", "put first the files that a `FILE` names (paths, stargz-snapshotter's records, a start-up profile), or @NAME: the profile kept here, @default for SRC's own")
 	f.BoolVar(&o.AllPlatforms, "all-platforms", false, "convert all that the manifest list names")
 	f.BoolVar(&o.OCI, "oci", false, "use OCI's media types (zstd does in any case)")
 	f.BoolVar(&o.Force, "force", false, "write layers anew that have the form already")

@@ -113,8 +113,8 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w (varve %s --help)", err, cmd.Name())}
 	})
-	root.AddCommand(a.mountCmd(), a.umountCmd(), a.rmCmd(), a.pruneCmd(), a.psCmd(), a.inspectCmd(), a.indexCmd(), a.storeCmd(), a.lsCmd(), a.catCmd(),
-		a.diffCmd(), a.commitCmd(), a.exportCmd(), a.saveCmd(), a.pushCmd(), a.convertCmd(), a.cpCmd(),
+	root.AddCommand(a.mountCmd(), a.umountCmd(), a.rmCmd(), a.pruneCmd(), a.psCmd(), a.inspectCmd(), a.indexCmd(), a.profileCmd(), a.storeCmd(), a.lsCmd(), a.catCmd(),
+		a.diffCmd(), a.commitCmd(), a.exportCmd(), a.saveCmd(), a.pullCmd(), a.warmCmd(), a.pushCmd(), a.convertCmd(), a.cpCmd(),
 		a.daemonCmd(), a.versionCmd(), a.demoCmd())
 	wrapArgs(root)
 	return root

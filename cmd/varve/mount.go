@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -15,6 +16,7 @@ import (
 func (a *app) mountCmd() *cobra.Command {
 	var o daemon.MountOptions
 	var foreground bool
+	var record time.Duration
 	cmd := &cobra.Command{
 		Use:   "mount [flags] [IMAGE [DIR]]",
 		Short: "Mount an image and print the directory; without arguments, list the mounts",
@@ -49,6 +51,9 @@ func (a *app) mountCmd() *cobra.Command {
 				}
 				o.Upper = dir
 			}
+			if cmd.Flags().Changed("record-for") {
+				o.RecordFor = &record
+			}
 			return a.mount(cmd.Context(), o, foreground)
 		},
 	}
@@ -61,6 +66,9 @@ func (a *app) mountCmd() *cobra.Command {
 	f.StringVar(&o.Upper, "upper", "", "with --rw, the directory that changes go to (default: one below the state directory)")
 	f.StringVar(&o.Overlay, "overlay", "", "with --rw, who writes changes: auto (default), kernel (overlayfs), fuse")
 	f.BoolVar(&o.Wait, "wait", false, "wait until layers that must be read whole have been")
+	f.StringVar(&o.Prefetch, "prefetch", "profile", "what is fetched ahead of need: none, profile (what the start will read), all")
+	f.StringVar(&o.Profile, "profile", "", `the workload whose start-up profile is used and recorded (default "default", the image's own)`)
+	f.DurationVar(&record, "record-for", 0, "how long the start is recorded, 0: not at all (default: until it goes quiet)")
 	f.BoolVarP(&foreground, "foreground", "f", false, "stay, and unmount at the end (Ctrl-C, SIGTERM)")
 	return cmd
 }

@@ -19,7 +19,7 @@ const (
 	TypeIndexV1  = "application/vnd.amazon.soci.index.v1+json" // found as a referrer of its subject, the image's manifest
 	TypeIndexV2  = "application/vnd.amazon.soci.index.v2+json" // named by the image's manifest
 	TypeZTOC     = "application/octet-stream"
-	TypePrefetch = "application/vnd.amazon.soci.prefetch.v1+json" // not read
+	TypePrefetch = "application/vnd.amazon.soci.prefetch.v1+json" // see Prefetch
 )
 
 // Annotations.
