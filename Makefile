@@ -8,7 +8,7 @@ TESTFLAGS ?=
 
 export GO
 
-.PHONY: build demo test lint bench clean
+.PHONY: build demo test lint bench bench-table clean
 # Static and stripped: a daemon that lives for weeks maps no more than it needs.
 build:
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X github.com/varvefs/varve/metrics.Version=$(VERSION)" -o $(BIN) ./cmd/varve
@@ -28,7 +28,12 @@ lint:
 
 # Measures everything beside its rivals; REGISTRY holds the corpus' images.
 bench: build
-	$(GO) run ./bench/run -registry $(REGISTRY)
+	$(GO) run ./bench/run -registry $(REGISTRY) $(BENCHFLAGS)
+
+# The same of what is held against the rivals only, such as
+# BENCHFLAGS='-n 3 -images debian,python'; bench/RESULTS.md begins with its table.
+bench-table: build
+	$(GO) run ./bench/run -registry $(REGISTRY) $(BENCHFLAGS) table
 
 clean:
 	rm -rf bin

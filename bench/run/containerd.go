@@ -25,15 +25,16 @@ type containerd struct {
 const containerdConfig = `version = 2
 root = %q
 state = %q
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.opt"]
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.opt"]
 [grpc]
   address = %q
 [debug]
   level = "error"
 `
 
-// containerd starts one on an empty root. Its start is no part of any figure.
-func (b *bench) containerd(ctx context.Context) (c *containerd, err error) {
+// containerd starts one on an empty root, with more configuration. Its start is no
+// part of any figure.
+func (b *bench) containerd(ctx context.Context, more string) (c *containerd, err error) {
 	c = &containerd{b: b, dir: filepath.Join(b.dir, "containerd")}
 	if err := b.remove(c.dir); err != nil {
 		return nil, err
@@ -43,7 +44,7 @@ func (b *bench) containerd(ctx context.Context) (c *containerd, err error) {
 	}
 	config := filepath.Join(c.dir, "config.toml")
 	text := fmt.Sprintf(containerdConfig, filepath.Join(c.dir, "root"), filepath.Join(c.dir, "state"), c.socket())
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(config, []byte(text+more), 0o644); err != nil {
 		return nil, err
 	}
 	log, err := os.Create(filepath.Join(c.dir, "log"))
@@ -51,8 +52,9 @@ func (b *bench) containerd(ctx context.Context) (c *containerd, err error) {
 		return nil, err
 	}
 	defer log.Close()
-	c.cmd = exec.Command("containerd", "--config", config)
+	c.cmd = exec.Command(b.rivals.containerd, "--config", config)
 	c.cmd.Dir = "/"
+	c.cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(b.rivals.containerd)+":"+os.Getenv("PATH")) // its shim
 	c.cmd.Stdout, c.cmd.Stderr = log, log
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.cmd.Start(); err != nil {
@@ -74,7 +76,12 @@ func (c *containerd) socket() string { return filepath.Join(c.dir, "sock") }
 
 // ctr is a call of its client.
 func (c *containerd) ctr(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "ctr", append([]string{"--address", c.socket()}, args...)...)
+	return c.client(ctx, c.b.rivals.ctr, args...)
+}
+
+// client is a call of any program that takes containerd's address as ctr does.
+func (c *containerd) client(ctx context.Context, program string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, program, append([]string{"--address", c.socket()}, args...)...)
 	cmd.Dir = "/"
 	return cmd
 }
@@ -113,8 +120,8 @@ func (c *containerd) close() error {
 	return errors.Join(err, c.b.remove(c.dir))
 }
 
-func containerdVersion(ctx context.Context) string {
-	text, err := exec.CommandContext(ctx, "containerd", "--version").Output()
+func (b *bench) containerdVersion(ctx context.Context) string {
+	text, err := exec.CommandContext(ctx, b.rivals.containerd, "--version").Output()
 	if f := strings.Fields(string(text)); err == nil && len(f) > 2 {
 		return f[2]
 	}

@@ -130,10 +130,12 @@ func (s *server) unmount(ctx context.Context) error {
 
 // cpu is what the daemon has computed so far, all threads, ended ones too.
 // The clock of another process: clock_getcpuclockid(3).
-func (s *server) cpu() (time.Duration, error) {
+func (s *server) cpu() (time.Duration, error) { return cpuOf(s.cmd.Process.Pid) }
+
+func cpuOf(pid int) (time.Duration, error) {
 	var t unix.Timespec
 	const sched = 2 // CPUCLOCK_SCHED, linux/posix-timers.h
-	err := unix.ClockGettime(int32(^s.cmd.Process.Pid<<3|sched), &t)
+	err := unix.ClockGettime(int32(^pid<<3|sched), &t)
 	return time.Duration(t.Nano()), err
 }
 

@@ -1,15 +1,20 @@
 // Command run measures varve against what it promises: round trips of a cold
 // mount, walks beside ext4, memory, and bytes on the wire. It builds the varve of
 // this checkout, gives it stores and daemons of its own, and writes each measure's
-// section of bench/RESULTS.md.
+// section of bench/RESULTS.md, with the figures in results.json and plots of them
+// beside it.
 //
 //	go run ./bench/run -registry HOST:PORT [MEASURE...]
+//	go run ./bench/run compare OLD.json NEW.json
+//	go run ./bench/run plot RESULTS.json DIR
 //
 // The measures are coldmount, walk, memory, bytes, write, commit, pass, checkpoints,
-// indexsize and shared; none named is all of them. It needs root, FUSE, a registry
-// with the images of the corpus, and the programs that a measure asks for if they
-// are not there. Conversions are pushed beside the images, as tag estargz; copies to
-// be indexed go to repositories of their own.
+// indexsize, shared, starts, whole, second, load and local; none named is all of
+// them, and "table" those that are held against other systems, whose results begin
+// the file. It needs root, FUSE, a registry with the images of the corpus, and the
+// programs that a measure asks for if they are not there. Conversions are pushed
+// beside the images, as tag estargz; copies to be indexed go to repositories of
+// their own.
 package main
 
 import (
@@ -38,7 +43,10 @@ type bench struct {
 	n        int      // repetitions where the measure has no number of its own
 	asked    bool     // n was asked for
 	images   []string // where the measure has no others of its own
+	local    localOptions
 	varve    string   // the binary under test
+	rivals   rivals   // and what it is measured beside
+	only     []string // ways to start, where not all are wanted
 	log      *os.File
 }
 
@@ -65,6 +73,19 @@ var measures = []measure{
 	{"checkpoints", "Points beside decompression alone", (*bench).checkpoints},
 	{"indexsize", "Size of indexes, and loading them", (*bench).indexSize},
 	{"shared", "A pushed index beside eStargz", (*bench).shared},
+	{"starts", "Cold starts", (*bench).starts},
+	{"whole", "Whole images, cold", (*bench).whole},
+	{"second", "Second starts", (*bench).second},
+	{"load", "The daemon under a walk and a whole read", (*bench).underLoad},
+	{localMeasure, "Local reads beside ext4", (*bench).localReads},
+}
+
+// verbs are what this program does besides measuring.
+var verbs = map[string]func(args []string) error{
+	decompressVerb: decompressOnce,
+	readVerb:       readOnce,
+	compareVerb:    compareFiles,
+	plotVerb:       plotFile,
 }
 
 func main() {
@@ -77,17 +98,22 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	if len(args) > 0 && args[0] == decompressVerb {
-		return decompressOnce(args[1:])
+	if len(args) > 0 && verbs[args[0]] != nil {
+		return verbs[args[0]](args[1:])
 	}
 	b := &bench{}
-	var images string
+	var images, only string
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
 	f.StringVar(&b.registry, "registry", "", "HOST:PORT of "+needs)
 	f.StringVar(&b.dir, "dir", "/var/tmp/varve-bench", "scratch directory, on ext4 for the walks; the copied tree and layers stay there")
 	f.StringVar(&b.out, "out", "bench/RESULTS.md", "results file, whose section is replaced")
 	f.IntVar(&b.n, "n", 5, "repetitions; some measures have another number by themselves")
-	f.StringVar(&images, "images", "", "images of the measures bytes, pass, checkpoints, indexsize and shared, instead of their own choice")
+	f.StringVar(&images, "images", "", "images of the measures bytes, pass, checkpoints, indexsize, shared, starts, whole, second and load, instead of their own choice")
+	f.IntVar(&b.local.files, "files", manyFilesCount, "regular files in the image of many small ones, of the measure local")
+	f.IntVar(&b.local.megabytes, "mib", 2048, "MiB of the large file of the measure local")
+	f.StringVar(&b.local.fuseOverlayfs, "fuse-overlayfs", "", "the program, a rival of the measure local; \"\" takes the one in PATH, if there is one")
+	f.StringVar(&only, "only", "", "of starts, whole, second and load, the ways that have one of these texts in their names, \"SYSTEM: FORM\"")
+	b.rivals.flags(f)
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -100,12 +126,18 @@ func run(ctx context.Context, args []string) error {
 	given := ""
 	f.Visit(func(f *flag.Flag) {
 		b.asked = b.asked || f.Name == "n"
-		if f.Name == "n" || f.Name == "images" {
+		if slices.Contains([]string{"n", "images", "files", "mib"}, f.Name) {
 			given += " -" + f.Name + " " + f.Value.String()
 		}
 	})
 	if images != "" {
 		b.images = strings.Split(images, ",")
+	}
+	if only != "" {
+		b.only = strings.Split(only, ",")
+	}
+	if err := b.rivals.find(); err != nil {
+		return err
 	}
 	chosen, err := choose(f.Args())
 	if err != nil {
@@ -125,6 +157,14 @@ func run(ctx context.Context, args []string) error {
 		if err := replaceSection(b.out, m.title, s.String()); err != nil {
 			return err
 		}
+		if f := takeRecorded(); f != nil {
+			if err := replaceFigures(resultsPath(b.out), figures{Name: m.name, Machine: b.machine(ctx), Figures: f}); err != nil {
+				return err
+			}
+			if err := b.summed(); err != nil {
+				return err
+			}
+		}
 		fmt.Print("\n## ", m.title, "\n\n", s.String(), "\n")
 	}
 	return nil
@@ -132,7 +172,10 @@ func run(ctx context.Context, args []string) error {
 
 // choose gives the measures of these names, in the order of the results.
 func choose(names []string) (chosen []measure, err error) {
-	known := []string{"all"}
+	known := []string{"all", tableVerb}
+	if slices.Contains(names, tableVerb) {
+		names = append(slices.Clone(names), tableMeasures...)
+	}
 	for _, m := range measures {
 		known = append(known, m.name)
 		if len(names) == 0 || slices.Contains(names, "all") || slices.Contains(names, m.name) {

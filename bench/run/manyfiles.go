@@ -80,6 +80,11 @@ func (b *bench) haveManyFiles(ctx context.Context) (*daemon.Indexed, error) {
 
 // writeTree writes the tar of layer i, the same every time.
 func writeTree(w io.Writer, i int, pool []byte) error {
+	return writeTreeOf(w, i, pool, manyFilesCount)
+}
+
+// writeTreeOf is writeTree with another number of files in all layers together.
+func writeTreeOf(w io.Writer, i int, pool []byte, count int) error {
 	t := trees[i]
 	r := rand.New(rand.NewPCG(commitSeed, uint64(i)))
 	out := tar.NewWriter(w)
@@ -99,7 +104,7 @@ func writeTree(w io.Writer, i int, pool []byte) error {
 	pick := func(from []string) string { return from[r.IntN(len(from))] }
 	dir, names := "", map[string]bool{}
 	var text []byte
-	for n := 0; n < manyFilesCount/len(trees); {
+	for n := 0; n < count/len(trees); {
 		if dir == "" || r.IntN(t.perDir) == 0 {
 			// A package now and then, most often one more directory of the last.
 			dir = path.Join(t.root, fmt.Sprintf("%s-%s-%d", pick(t.files), pick(t.dirs), n/(10*t.perDir)), pick(t.dirs), pick(t.dirs))

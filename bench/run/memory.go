@@ -200,12 +200,14 @@ func (s *server) heap(ctx context.Context) (alloc, inuse int64, err error) {
 	return alloc, inuse, err
 }
 
-func (s *server) proc(name string) string {
-	return filepath.Join("/proc", strconv.Itoa(s.cmd.Process.Pid), name)
-}
+func (s *server) proc(name string) string { return procOf(s.cmd.Process.Pid, name) }
 
-func (s *server) rss() (r rss, err error) {
-	text, err := os.ReadFile(s.proc("status"))
+func procOf(pid int, name string) string { return filepath.Join("/proc", strconv.Itoa(pid), name) }
+
+func (s *server) rss() (rss, error) { return rssOf(s.cmd.Process.Pid) }
+
+func rssOf(pid int) (r rss, err error) {
+	text, err := os.ReadFile(procOf(pid, "status"))
 	if err != nil {
 		return r, err
 	}

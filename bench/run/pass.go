@@ -41,7 +41,7 @@ func (b *bench) pass(ctx context.Context, out *section) error {
 		return err
 	}
 	defer w.Close()
-	out.line("The first mount of an image whose layers have no index, so that each is read whole: `varve mount --wait` as a daemon with an empty store is asked for it, until the mount answers. Points and names are made on the way and kept, contents are written to the store, digests and diffIDs proven. Beside it `crane export IMAGE - | sha256sum`, which keeps nothing, and on the datacenter link `ctr image pull --plain-http --snapshotter overlayfs` by a containerd (%s) with an empty root, alone on its socket, without CRI; ctr fetches all layers and unpacks them then. In turns over the same link, with a sync before each, n=%d. CPU: of the daemon; of the pipe; of ctr and containerd with the `unpigz` that it starts where there is one. *ours / rival* by medians.", containerdVersion(ctx), b.n)
+	out.line("The first mount of an image whose layers have no index, so that each is read whole: `varve mount --wait` as a daemon with an empty store is asked for it, until the mount answers. Points and names are made on the way and kept, contents are written to the store, digests and diffIDs proven. Beside it `crane export IMAGE - | sha256sum`, which keeps nothing, and on the datacenter link `ctr image pull --plain-http --snapshotter overlayfs` by a containerd (%s) with an empty root, alone on its socket, without CRI; ctr fetches all layers and unpacks them then. In turns over the same link, with a sync before each, n=%d. CPU: of the daemon; of the pipe; of ctr and containerd with the `unpigz` that it starts where there is one. *ours / rival* by medians.", b.containerdVersion(ctx), b.n)
 	out.line("")
 	out.line("| link | image | way | wall s | least | ours / rival | by least | target | CPU s | MB down | link alone s |")
 	out.line("|---|---|---|--:|--:|--:|--:|---|--:|--:|--:|")
@@ -160,7 +160,7 @@ func passCrane(ctx context.Context, w *wire, ref string) (t passed, err error) {
 }
 
 func (b *bench) passContainerd(ctx context.Context, w *wire, ref string) (t passed, err error) {
-	c, err := b.containerd(ctx)
+	c, err := b.containerd(ctx, "")
 	if err != nil {
 		return t, err
 	}

@@ -86,7 +86,7 @@ func version(ctx context.Context, program string) string {
 		return "?"
 	}
 	for line := range strings.Lines(string(text)) {
-		if strings.HasPrefix(line, program) && strings.ContainsAny(line, "0123456789") {
+		if strings.HasPrefix(line, filepath.Base(program)) && strings.ContainsAny(line, "0123456789") {
 			f := strings.Fields(line)
 			return f[len(f)-1]
 		}

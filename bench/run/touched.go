@@ -22,6 +22,7 @@ import (
 
 // touched is what a workload touches of an image.
 type touched struct {
+	names []string // all that is opened or executed, sorted
 	files int
 	bytes int64 // compressed
 	tocs  int64 // TOCs and footers of all layers
@@ -190,7 +191,7 @@ func (b *bench) weigh(ctx context.Context, image string, names []string) (t touc
 	if err != nil {
 		return t, err
 	}
-	t.tocs = tocs
+	t.names, t.tocs = names, tocs
 	seen := map[string]bool{}
 	for _, n := range names {
 		for i, l := range slices.Backward(layers) {

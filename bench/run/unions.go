@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -126,6 +127,7 @@ func (o *overlayfs) cpu() (time.Duration, error) { return 0, nil }
 
 type fuseOverlayfs struct {
 	over
+	program string // "" for the one in PATH
 	process *exec.Cmd
 }
 
@@ -135,7 +137,7 @@ func (o *fuseOverlayfs) open(ctx context.Context, upper string) (string, error) 
 	}
 	dir := o.path("merged")
 	var said bytes.Buffer
-	o.process = exec.Command("fuse-overlayfs", "-f", "-o", o.options(), dir)
+	o.process = exec.Command(cmp.Or(o.program, "fuse-overlayfs"), "-f", "-o", o.options(), dir)
 	o.process.Dir = "/"
 	o.process.Stdout, o.process.Stderr = &said, &said
 	o.process.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
