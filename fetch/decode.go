@@ -1,7 +1,6 @@
 package fetch
 
 import (
-	"bufio"
 	"crypto/sha256"
 	"fmt"
 	"hash"
@@ -10,7 +9,6 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/varvefs/varve/index"
@@ -120,7 +118,7 @@ func sumOf(h hash.Hash) (sum [sha256.Size]byte) {
 }
 
 var (
-	gzipReaders = sync.Pool{New: func() any { return new(gzip.Reader) }}
+	inflaters   = sync.Pool{New: func() any { return new(inflate.Reader) }}
 	zstdReaders = sync.Pool{New: func() any {
 		// The window limit is the one that containers/storage and BuildKit keep.
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20))
@@ -137,13 +135,9 @@ func decompressor(r io.Reader, kind index.Kind, point index.Point) (plain io.Rea
 	case index.Raw:
 		return r, func() {}, nil
 	case index.Gzip:
-		z := gzipReaders.Get().(*gzip.Reader)
-		done = func() { gzipReaders.Put(z) }
-		if err = z.Reset(bufio.NewReader(r)); err != nil {
-			done()
-			return nil, nil, fmt.Errorf("%w: not a gzip frame: %w", ErrVerify, err)
-		}
-		return z, done, nil
+		z := inflaters.Get().(*inflate.Reader)
+		z.Reset(r, inflate.Options{})
+		return z, func() { z.Reset(nil, inflate.Options{}); inflaters.Put(z) }, nil
 	case index.Zstd:
 		z := zstdReaders.Get().(*zstd.Decoder)
 		done = func() { z.Reset(nil); zstdReaders.Put(z) }
@@ -153,11 +147,13 @@ func decompressor(r io.Reader, kind index.Kind, point index.Point) (plain io.Rea
 		}
 		return z, done, nil
 	case index.Deflate:
-		z, err := inflate.Resume(r, point)
-		if err != nil {
+		z := inflaters.Get().(*inflate.Reader)
+		done = func() { z.Reset(nil, inflate.Options{}); inflaters.Put(z) }
+		if err = z.Resume(r, point); err != nil {
+			done()
 			return nil, nil, fmt.Errorf("%w: %w", ErrVerify, err)
 		}
-		return z, func() {}, nil
+		return z, done, nil
 	case index.Blocks:
 		z, err := zstdblocks.Resume(r, point)
 		if err != nil {
