@@ -444,7 +444,7 @@ func indexMany(t *testing.T, kind, face string) {
 	dirs := make([]string, 4)
 	var mounts sync.WaitGroup
 	for i := range dirs {
-		mounts.Go(func() { dirs[i] = h.ok("mount", "--face", face, "--name", fmt.Sprint(i), ref) })
+		mounts.Go(func() { dirs[i] = h.ok("mount", "--prefetch", "none", "--face", face, "--name", fmt.Sprint(i), ref) })
 	}
 	mounts.Wait()
 	_, ranges := r.requests(img)
