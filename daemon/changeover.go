@@ -38,7 +38,7 @@ func (d *Daemon) attend(ctx context.Context) {
 		d.mu.Unlock()
 		if time.Since(last) >= restAfter {
 			last = time.Now()
-			rest.forget(layers)
+			rest.forget(layers, d.faces.forget)
 		}
 	}
 }

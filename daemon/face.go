@@ -116,7 +116,7 @@ func (f *faces) kernel(dir string, t *tree, o fs.Options, plain bool) (_ *kernel
 		if plain {
 			return nil, errNotReady
 		}
-		k.served, o.Direct = true, true
+		k.served = true
 		if paths[i], err = f.serve(dataName(l.Key), l.Layer); err != nil {
 			return nil, err
 		}
@@ -223,10 +223,23 @@ func (f *faces) serve(name string, data fs.Data) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		s.ReadLittle()
 		f.served = s
 	}
 	f.data.Add(name, data)
 	return filepath.Join(dir, name), nil
+}
+
+// forget gives up what the kernel has cached of a layer's data file, as its own and
+// as one that we serve.
+func (f *faces) forget(key string, data fs.Data) {
+	fs.Forget(data.Fd())
+	f.mu.Lock()
+	files := f.data
+	f.mu.Unlock()
+	if files != nil {
+		files.GiveUp(dataName(key))
+	}
 }
 
 func (f *faces) close() {

@@ -42,8 +42,8 @@ func TestRest(t *testing.T) {
 	r := rest{}
 
 	write(16)
-	r.forget(layers)
-	r.forget(layers)
+	r.forget(layers, func(_ string, d fs.Data) { fs.Forget(d.Fd()) })
+	r.forget(layers, func(_ string, d fs.Data) { fs.Forget(d.Fd()) })
 	if n := cached(); n != 16 {
 		t.Errorf("%d pages of 16 that had not reached the disk", n)
 	}
@@ -54,15 +54,15 @@ func TestRest(t *testing.T) {
 	if err := f.Sync(); err != nil {
 		t.Fatal(err)
 	}
-	r.forget(layers)
+	r.forget(layers, func(_ string, d fs.Data) { fs.Forget(d.Fd()) })
 	if n := cached(); n != 17 {
 		t.Errorf("%d pages of 17, to which one had come", n)
 	}
-	r.forget(layers)
+	r.forget(layers, func(_ string, d fs.Data) { fs.Forget(d.Fd()) })
 	if n := cached(); n != 0 {
 		t.Errorf("%d pages are left of those at rest", n)
 	}
-	r.forget(nil)
+	r.forget(nil, nil)
 	if len(r) != 0 {
 		t.Errorf("what is remembered of layers that nobody reads: %v", r)
 	}

@@ -111,3 +111,18 @@ func (c *conn) forgetData(id uint64) {
 	b = le.AppendUint64(b, 0) // to the last
 	unix.Write(c.fd, b)
 }
+
+// give puts data into the kernel's cache of an inode's, from off on, if it knows
+// the inode (struct fuse_notify_store_out).
+func (c *conn) give(id uint64, off int64, data []byte) error {
+	const notifyStore = 4 // FUSE_NOTIFY_STORE
+	le := binary.NativeEndian
+	var h [outHeader + 24]byte
+	le.PutUint32(h[0:], uint32(len(h)+len(data)))
+	le.PutUint32(h[4:], notifyStore)
+	le.PutUint64(h[16:], id)
+	le.PutUint64(h[24:], uint64(off))
+	le.PutUint32(h[32:], uint32(len(data)))
+	_, err := unix.Writev(c.fd, [][]byte{h[:], data})
+	return err
+}

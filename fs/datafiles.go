@@ -15,8 +15,9 @@ import (
 // in the list plus two, and is never given to another.
 type DataFiles struct {
 	fuse.RawFileSystem
-	fault func(name string, off int64, err error)
-	ops   *ops
+	fault  func(name string, off int64, err error)
+	ops    *ops
+	server *fuse.Server
 
 	mu    sync.RWMutex // guards what follows
 	names map[string]uint64
@@ -30,6 +31,20 @@ func NewDataFiles(o Options, fault func(name string, off int64, err error)) *Dat
 }
 
 func (d *DataFiles) String() string { return "varve data" }
+
+// Init is told who serves the directory.
+func (d *DataFiles) Init(server *fuse.Server) { d.server = server }
+
+// GiveUp has the kernel give up the pages that it has cached of a data file, but for
+// those of who reads through it.
+func (d *DataFiles) GiveUp(name string) {
+	d.mu.RLock()
+	id, ok := d.names[name]
+	d.mu.RUnlock()
+	if ok {
+		d.server.InodeNotify(id, 0, 0) // it may know nothing of it
+	}
+}
 
 // Add makes a data file visible under a name. A name that is there keeps its
 // file.

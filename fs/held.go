@@ -42,8 +42,9 @@ const small = 32 << 10
 
 // copied is a small range of a data file.
 type copied struct {
-	buf *[small]byte
-	n   int
+	buf  *[small]byte
+	n    int
+	then func() // called when it was sent, if not nil
 }
 
 var copies = sync.Pool{New: func() any { return new([small]byte) }}
@@ -61,8 +62,13 @@ func read(fd int, off int64, n int) (fuse.ReadResult, error) {
 	}
 }
 
-func (c *copied) Size() int                          { return c.n }
-func (c *copied) Done()                              { copies.Put(c.buf) }
+func (c *copied) Size() int { return c.n }
+func (c *copied) Done() {
+	copies.Put(c.buf)
+	if c.then != nil {
+		c.then()
+	}
+}
 func (c *copied) Bytes([]byte) ([]byte, fuse.Status) { return c.buf[:c.n], fuse.OK }
 
 // Slices has go-fuse write the bytes without a pipe.

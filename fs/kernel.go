@@ -19,13 +19,11 @@ type Kernel struct {
 // MountKernel mounts an index at dir, its devices being the files at the given
 // paths. It is not attached anywhere before it is complete.
 //
-// Direct has EROFS read its devices without their page cache, where the kernel
-// knows how: then a read asks a served data file for what the reader wants and
-// not for its neighbours in the layer, which would have to be fetched. Files that
-// are wholly here are better read with it: a cold walk of small files is then
-// three times as fast, random reads cost the same, and a large file, read from
-// its start, twice the CPU, which is still less than the disk takes. What is then
-// cached twice is given up once it is at rest, see [Forget].
+// EROFS reads its devices through their page cache, served data files too: the next
+// mount of an image then finds there what this one has read, and asks nobody. What
+// is cached twice is given up once it is at rest, see [Forget]. Without that cache
+// (directio) a second start took twice as long, and a cold walk of plain files three
+// times; random reads cost the same.
 //
 // Beneath, if not 0, is the [MountID] of the mount at dir, beneath which it goes:
 // when that one is unmounted, who is in it stays there, and every new path leads
@@ -72,12 +70,6 @@ func MountKernel(dir, index string, devices []string, o Options) (*Kernel, error
 	}
 	if err := unix.FsconfigSetFlag(fd, "ro"); err != nil {
 		return nil, fmt.Errorf("erofs: ro: %w", explain(fd, err))
-	}
-	if o.Direct {
-		// A kernel that does not know it refuses; the mount works without.
-		if err := unix.FsconfigSetFlag(fd, "directio"); err != nil {
-			o.Log.Debug("EROFS has no directio", "err", explain(fd, err))
-		}
 	}
 	if err := unix.FsconfigCreate(fd); err != nil {
 		return nil, fmt.Errorf("erofs: %w", explain(fd, err))

@@ -25,6 +25,7 @@ import (
 type loop struct {
 	*conn
 	server *fuse.ProtocolServer
+	reads  reader // nil where server answers READs too
 	log    *slog.Logger
 	size   int // of the largest request and answer, bytes
 
@@ -61,6 +62,24 @@ func (l *loop) run() {
 	l.threads.Wait()
 	close(l.ended)
 	unix.Close(l.fd)
+}
+
+// init answers the kernel's first request, INIT, which sets what may be changed
+// afterwards, such as how far the kernel reads ahead. It is called before run, if
+// at all.
+func (l *loop) init() error {
+	b := l.spare.Get().(*buffers)
+	defer l.spare.Put(b)
+	for {
+		n, err := unix.Read(l.fd, b.in)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil {
+			l.answer(b, n)
+		}
+		return err
+	}
 }
 
 // lead reads and handles requests for as long as it has the lead, which began
@@ -149,20 +168,36 @@ func (l *loop) watch() {
 // network.
 func mayWait(request []byte) bool {
 	const ( // include/uapi/linux/fuse.h
-		opRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange = 15, 16, 20, 30, 43, 47
+		opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange = 16, 20, 30, 43, 47
 	)
 	if len(request) < 8 {
 		return false
 	}
-	switch binary.NativeEndian.Uint32(request[4:]) {
-	case opRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange:
+	switch opcode(request) {
+	case requestRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange:
 		return true
 	}
 	return false
 }
 
+const ( // include/uapi/linux/fuse.h
+	requestRead      = 15
+	requestInterrupt = 36
+)
+
+func opcode(request []byte) uint32 { return binary.NativeEndian.Uint32(request[4:]) }
+
 // answer handles a request and writes its answer, if it has one.
 func (l *loop) answer(b *buffers, n int) {
+	if l.reads != nil && n >= 16 {
+		switch opcode(b.in) {
+		case requestRead:
+			l.answerRead(b, n)
+			return
+		case requestInterrupt:
+			return
+		}
+	}
 	m, st := l.server.HandleRequest([][]byte{b.in[:n]}, [][]byte{b.out})
 	if m == 0 {
 		if !st.Ok() && n >= 16 {
@@ -178,13 +213,18 @@ func (l *loop) answer(b *buffers, n int) {
 	}
 	for {
 		_, err := unix.Write(l.fd, b.out[:m])
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV):
-			return // ENOENT: nobody waits for it any more
+		if !errors.Is(err, unix.EINTR) {
+			l.sent(m, err)
+			return
 		}
-		l.log.Error("FUSE answer", "bytes", m, "err", err)
-		return
 	}
+}
+
+// sent is told how the writing of an answer ended.
+func (l *loop) sent(bytes int, err error) {
+	switch {
+	case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV):
+		return // ENOENT: nobody waits for it any more
+	}
+	l.log.Error("FUSE answer", "bytes", bytes, "err", err)
 }

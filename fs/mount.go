@@ -21,7 +21,6 @@ type Options struct {
 	Log     *slog.Logger
 	Fault   Fault // required by NewTree
 
-	Direct  bool   // see MountKernel
 	Beneath uint64 // see MountKernel
 	Steady  bool   // see MountOverlay
 	Private bool   // only the daemon's user and the kernel may look
@@ -37,7 +36,8 @@ const maxRead = 1<<20 - 2*4096
 type Served struct {
 	dir  string
 	done chan struct{}
-	far  bool // see ReadFar; guarded by who calls it
+	tree *Tree // nil where it is something else
+	far  bool  // see ReadFar; guarded by who calls it
 }
 
 // Serve mounts raw at dir and serves it until [Served.Unmount].
@@ -71,6 +71,9 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 			opts.Options = []string{"default_permissions"}
 		}
 	}
+	if t, ok := raw.(*Tree); ok {
+		return serveTree(dir, t, opts, o)
+	}
 	server, err := fuse.NewServer(raw, dir, opts)
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
@@ -83,6 +86,27 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), s.Unmount(true))
 	}
+	return s, nil
+}
+
+// serveTree serves an image's tree by one thread, see [loop].
+func serveTree(dir string, t *Tree, opts *fuse.MountOptions, o Options) (*Served, error) {
+	c, err := connect(dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
+	}
+	t.ahead.conn = c
+	l := newLoop(c, t, opts, o.Log)
+	l.reads = t
+	if err := l.init(); err != nil {
+		unix.Close(c.fd)
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), detach(dir))
+	}
+	s := &Served{dir: dir, tree: t, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		l.run()
+	}()
 	return s, nil
 }
 
@@ -107,18 +131,35 @@ const fuseDevice = "/dev/fuse"
 // open(2) on: without it no read is larger than 128 KiB, whatever the mount
 // allows, which costs 1.6 times the CPU. It is for what is wholly here: where a
 // mapped file is touched, the kernel asks for all that it may read ahead around
-// the place, and would have it fetched.
+// the place, and would have it fetched. From then on small files are given to it
+// before it asks, see [ahead].
 func (s *Served) ReadFar() {
+	if s.tree != nil {
+		s.tree.ahead.on.Store(true)
+	}
+	if !s.far {
+		s.far = true
+		s.readAhead(maxRead >> 10)
+	}
+}
+
+// ReadLittle has the kernel read hardly further ahead on the mount than it is asked,
+// from the next open(2) on. It is for data files that are not wholly here: what it
+// would read besides are neighbours in the layer, and would be fetched.
+func (s *Served) ReadLittle() { s.readAhead(little) }
+
+// little is as much as most reads are joined to anyway, in KiB: with less the kernel
+// splits reads, with 128 it asks for half as much again as a start needs.
+const little = 32
+
+// readAhead is a wish: the mount works without.
+func (s *Served) readAhead(kb int) {
 	var st unix.Statx_t
-	if s.far || os.Geteuid() != 0 {
+	if os.Geteuid() != 0 || unix.Statx(unix.AT_FDCWD, s.dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_DONT_SYNC, 0, &st) != nil {
 		return
 	}
-	if err := unix.Statx(unix.AT_FDCWD, s.dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
-		return
-	}
-	s.far = true
 	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", st.Dev_major, st.Dev_minor)
-	os.WriteFile(path, fmt.Appendf(nil, "%d", maxRead>>10), 0) // a wish: the mount works without
+	os.WriteFile(path, fmt.Appendf(nil, "%d", kb), 0)
 }
 
 // Done is closed when nothing is served any more: a lazily unmounted tree is

@@ -24,11 +24,13 @@ type Tree struct {
 	layers []Data // by device
 	fault  Fault
 	ops    *ops
+	ahead  ahead
 }
 
 // NewTree serves im, the contents of its device i from layers[i].
 func NewTree(im *index.Image, layers []Data, o Options) *Tree {
-	return &Tree{RawFileSystem: fuse.NewDefaultRawFileSystem(), im: im, layers: layers, fault: o.Fault, ops: newOps(o.Metrics)}
+	return &Tree{RawFileSystem: fuse.NewDefaultRawFileSystem(), im: im, layers: layers, fault: o.Fault, ops: newOps(o.Metrics),
+		ahead: ahead{im: im, layers: layers}}
 }
 
 func (t *Tree) String() string { return "varve" }
@@ -181,6 +183,13 @@ func (t *Tree) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadRes
 	if err != nil {
 		t.fault(device, off, err)
 		return nil, status(err)
+	}
+	if h.Offset == 0 {
+		if c, ok := r.(*copied); ok {
+			c.then = t.ahead.read(&in)
+		} else {
+			t.ahead.take(&in, false)
+		}
 	}
 	return r, fuse.OK
 }

@@ -198,6 +198,24 @@ func (im *Image) Extent(in *Inode) (device int, off int64, ok bool, err error) {
 	return device, off, true, nil
 }
 
+// Next gives the inode that was written after in: the next of its directory in the
+// order of names, or else the first of a directory that comes after. What follows
+// the last is an error, or no inode that any directory names.
+func (im *Image) Next(in *Inode) (next Inode, err error) {
+	end := in.body
+	switch in.layout {
+	case layoutChunks:
+		end = alignUp(end, chunkSize) + chunkSize
+	case layoutInline:
+		end += in.Size % BlockSize
+	}
+	at := alignUp(end, nidUnit)
+	if next, err = im.Inode(uint64(at / nidUnit)); err != nil {
+		next, err = im.Inode(uint64(alignUp(at, BlockSize) / nidUnit))
+	}
+	return next, err
+}
+
 // Readlink gives a symlink's target, in the image's memory.
 func (im *Image) Readlink(in *Inode) ([]byte, error) {
 	if in.Mode&unix.S_IFMT != unix.S_IFLNK || in.Size > MaxLink {
