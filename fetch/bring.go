@@ -51,6 +51,9 @@ func (f *Fetcher) Bring(ctx context.Context, wants []Want, o Bringing) error {
 		}
 	}
 	wg.Wait()
+	if errors.Is(err, b.err) {
+		return err
+	}
 	return errors.Join(err, b.err)
 }
 
@@ -62,7 +65,7 @@ type bringing struct {
 	done  atomic.Int64
 
 	mu  sync.Mutex
-	err error // the first that a frame had
+	err error // the first that a frame had, or that of the context
 }
 
 // away reports whether something was not to be had: who is away for one is so for the
@@ -71,6 +74,12 @@ func (b *bringing) away() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return errors.Is(b.err, ErrUnavailable)
+}
+
+func (b *bringing) failed(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.err = cmp.Or(b.err, err)
 }
 
 // part waits for a part's turn and has it brought.
@@ -96,14 +105,24 @@ func (b *bringing) part(ctx context.Context, wg *sync.WaitGroup, p part) error {
 		t.end()
 		return err
 	}
+	if len(claimed) > 0 {
+		go l.bring(claimed, p.gap, t) // the layer waits for it when it is closed
+	} else {
+		t.end()
+	}
 	wg.Go(func() {
-		l.bring(claimed, p.gap, t)
 		for _, w := range waits {
-			<-w.done
+			select {
+			case <-w.done:
+			case <-ctx.Done():
+				b.failed(context.Cause(ctx))
+				if t != nil && t.limit != nil {
+					t.raise() // nobody is left to be slow for
+				}
+				return
+			}
 			if w.err != nil {
-				b.mu.Lock()
-				b.err = cmp.Or(b.err, w.err)
-				b.mu.Unlock()
+				b.failed(w.err)
 			}
 		}
 		if b.Progress != nil {
@@ -124,6 +143,9 @@ func (l *Layer) claimAhead(frames []int, t *trip) (waits []*flight, claimed []in
 	claimed = l.claimFree(frames, t)
 	for _, f := range frames {
 		if w := l.flights[f]; w != nil {
+			if w.trip != t {
+				w.trip.join(t)
+			}
 			waits = append(waits, w)
 		}
 	}
@@ -135,11 +157,8 @@ func (l *Layer) claimAhead(frames []int, t *trip) (waits []*flight, claimed []in
 
 // bring brings what claimAhead claimed, and ends the trip.
 func (l *Layer) bring(claimed []int, gap int64, t *trip) {
-	defer t.end()
-	if len(claimed) == 0 {
-		return
-	}
 	defer l.runs.Done()
+	defer t.end()
 	for run := range l.split(l.elsewhere(claimed), gap) {
 		l.run(run, t)
 	}
@@ -166,7 +185,7 @@ func (l *Layer) fetchAhead(frames []int) {
 				return
 			}
 			_, claimed, err := l.claimAhead(mine, t)
-			if err != nil {
+			if err != nil || len(claimed) == 0 {
 				t.end()
 				return
 			}
@@ -199,7 +218,12 @@ func (l *Layer) pull() {
 		return
 	}
 	l.runs.Go(func() {
-		l.f.Bring(l.ctx, []Want{{h, 0, l.Size()}}, Bringing{Class: ReadAhead})
+		err := l.f.Bring(l.ctx, []Want{{h, 0, l.Size()}}, Bringing{Class: ReadAhead})
+		if errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOffline) {
+			l.ahead.mu.Lock()
+			defer l.ahead.mu.Unlock()
+			l.ahead.all = false // the next read tries again
+		}
 	})
 }
 

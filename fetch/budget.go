@@ -18,7 +18,7 @@ type budget struct {
 	all, others *semaphore.Weighted
 	size        int64
 	used, peak  atomic.Int64
-	waiting     atomic.Int64
+	pressed     atomic.Int64 // how many wait who are to be held up by no fill and no limit, see [trip.hold]
 }
 
 func newBudget(size int64) *budget {
@@ -30,8 +30,6 @@ func newBudget(size int64) *budget {
 // but for frames that get on without it.
 func (b *budget) take(ctx context.Context, c Class, n int64) (release func(), err error) {
 	n = min(n, b.size/2)
-	b.waiting.Add(1)
-	defer b.waiting.Add(-1)
 	if c != Demand {
 		if err := b.others.Acquire(ctx, n); err != nil {
 			return nil, err

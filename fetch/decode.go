@@ -6,7 +6,6 @@ import (
 	"hash"
 	"hash/crc32"
 	"io"
-	"slices"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -34,8 +33,12 @@ func decode(r io.Reader, kind index.Kind, point index.Point, pieces []index.Piec
 		return 0, err
 	}
 	defer done()
-	var at int64
-	var buf []byte
+	var at, most int64
+	for i := range pieces {
+		most = max(most, inMemory(&pieces[i]))
+	}
+	buf := buffer(most)
+	defer giveBack(buf)
 	for len(pieces) > 0 {
 		p := &pieces[0]
 		if p.Inner < at {
@@ -48,17 +51,20 @@ func decode(r io.Reader, kind index.Kind, point index.Point, pieces []index.Piec
 		for same < len(pieces) && pieces[same].Inner == p.Inner && pieces[same].Size == p.Size {
 			same++
 		}
-		size := min(p.Size, blockSize)
-		if p.Size <= wholePiece {
-			size = p.Size
-		}
-		buf = slices.Grow(buf[:0], int(size))[:size]
-		if err := decodePiece(plain, pieces[:same], w, buf, &sum); err != nil {
+		if err := decodePiece(plain, pieces[:same], w, (*buf)[:inMemory(p)], &sum); err != nil {
 			return 0, err
 		}
 		at, pieces = p.Inner+p.Size, pieces[same:]
 	}
 	return sum, nil
+}
+
+// inMemory is how much of a piece is in memory at a time.
+func inMemory(p *index.Piece) int64 {
+	if p.Size <= wholePiece {
+		return p.Size
+	}
+	return blockSize
 }
 
 // decodePiece reads a piece, by way of buf, to every place that has it. One that

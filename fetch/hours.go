@@ -20,6 +20,9 @@ func ParseHours(s string) (h Hours, err error) {
 			h.To, ok = clock(to)
 		}
 	}
+	if h.From == 24*time.Hour {
+		h.From = 0
+	}
 	if !ok || h.From == h.To {
 		return Hours{}, fmt.Errorf("hours %q: want two times of the day, such as 22:00-06:00", s)
 	}

@@ -63,7 +63,11 @@ type Layer struct {
 	// Gates are held by who reads the data file, and all of them by who drops
 	// frames: the layer's own, and those of its passes. steady is held for longer, by
 	// who needs all frames, and by who drops some: it is the first to be taken, then
-	// mu, then the gates. mu is taken under no gate.
+	// mu, then the gates. mu is taken under no gate. life is held by who uses the
+	// tables, and by who closes them: it is taken before all of these. A mount that
+	// somebody is still in reads until the daemon is gone.
+	life    sync.RWMutex
+	closed  atomic.Bool
 	steady  sync.Mutex
 	gate    sync.RWMutex
 	gates   []*sync.RWMutex // of passes; never changed once the layer can be found
@@ -153,6 +157,11 @@ func (l *Layer) Ensure(off, n int64) error {
 	if wrong := l.wrong.Load(); wrong != nil {
 		return *wrong
 	}
+	l.life.RLock()
+	defer l.life.RUnlock()
+	if l.closed.Load() {
+		return fmt.Errorf("%v: %w", l, os.ErrClosed)
+	}
 	l.recordings.note(off, n)
 	from, to := l.frames.PiecesIn(off, n)
 	missing, unseen := false, false
@@ -192,6 +201,9 @@ func (l *Layer) hold(gate *sync.RWMutex, off, n int64) error {
 }
 
 func (l *Layer) has(off, n int64) bool {
+	if l.closed.Load() {
+		return false
+	}
 	from, to := l.frames.PiecesIn(off, n)
 	for i := from; i < to; i++ {
 		if !l.data.Present(l.frames.FrameOf(i)) {
@@ -336,6 +348,13 @@ func (l *Layer) land(err error, frames ...int) {
 	if err == nil && l.data.Missing() <= l.hollows {
 		l.proveSoon()
 	}
+	if err == nil && l.Whole() {
+		// Bringing all of it has touched every page of the tables, of which readers
+		// need few by now.
+		for _, m := range l.maps {
+			unix.Madvise(m, unix.MADV_DONTNEED)
+		}
+	}
 }
 
 // start brings claimed frames in the background: from this machine where it has
@@ -468,8 +487,20 @@ func (l *Layer) end() {
 	l.runs.Wait()
 }
 
-// close closes the files, when every layer has ended.
-func (l *Layer) close() error { return errors.Join(l.data.Close(), l.unmap()) }
+// close closes the files, when every layer has ended. Who has just been reading is
+// waited for.
+func (l *Layer) close() error {
+	l.life.Lock()
+	defer l.life.Unlock()
+	l.gate.Lock()
+	defer l.gate.Unlock()
+	for _, g := range l.gates {
+		g.Lock()
+		defer g.Unlock()
+	}
+	l.closed.Store(true)
+	return errors.Join(l.data.Close(), l.unmap())
+}
 
 func (l *Layer) unmap() (err error) {
 	for _, m := range l.maps {

@@ -90,13 +90,28 @@ func (r *reader) Read(p []byte) (int, error) {
 			r.progress, r.tries, r.refused = time.Now(), 0, false
 			return n, nil
 		}
-		if !errors.Is(err, errUnranged) {
-			err = r.pause(err)
+		if r.again(err); r.err != nil {
+			return 0, r.err
 		}
-		if err != nil {
-			r.err = err
-			return 0, err
+	}
+}
+
+// ready waits until an answer begins, so that no memory is held for one that does
+// not.
+func (r *reader) ready() error {
+	r.progress = time.Now()
+	for r.body == nil && r.err == nil && r.off < r.end {
+		if err := r.open(); err != nil {
+			r.again(err)
 		}
+	}
+	return r.err
+}
+
+// again waits before the next attempt, or sets err where there shall be none.
+func (r *reader) again(cause error) {
+	if r.err = cause; !errors.Is(cause, errUnranged) {
+		r.err = r.pause(cause)
 	}
 }
 

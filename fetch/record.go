@@ -15,6 +15,7 @@ import (
 type Recorder struct {
 	start  time.Time
 	layers []*recording // by place; nil where nothing is recorded
+	room   int64        // bytes of data files that more layers may have
 
 	mu   sync.Mutex // guards what follows
 	uses []profile.Use
@@ -22,6 +23,10 @@ type Recorder struct {
 	full bool
 	over bool
 }
+
+// maxRecorded is of how many bytes of data files a Recorder takes note, some 4 MiB
+// of memory: an image may say of its layers that they are as long as it likes.
+const maxRecorded = 128 << 30
 
 // recording is a layer, or its pass, as one Recorder sees it.
 type recording struct {
@@ -60,7 +65,7 @@ func (rs *recordings) note(off, n int64) {
 
 // Record begins to note what is asked for of layers. The caller stops it.
 func (f *Fetcher) Record(layers []*Handle) *Recorder {
-	r := &Recorder{start: time.Now(), layers: make([]*recording, len(layers))}
+	r := &Recorder{start: time.Now(), layers: make([]*recording, len(layers)), room: maxRecorded}
 	for i, h := range layers {
 		if h != nil {
 			r.follow(i, &h.recordings, h.Size())
@@ -74,13 +79,15 @@ func (f *Fetcher) Record(layers []*Handle) *Recorder {
 func (r *Recorder) Follow(place int, p *Pass) {
 	// Nobody knows how long its data file will be.
 	const most = 20
-	r.follow(place, &p.recordings, most*p.size)
+	r.follow(place, &p.recordings, most*min(p.size, maxRecorded))
 }
 
 func (r *Recorder) follow(place int, of *recordings, size int64) {
 	if slices.ContainsFunc(r.layers[:place], func(o *recording) bool { return o != nil && o.of == of }) {
 		return // the same layer twice in an image
 	}
+	size = min(max(size, 0), r.room)
+	r.room -= size
 	rec := &recording{r: r, of: of, place: place, blocks: newBitmap(int(size/index.BlockSize) + 1)}
 	r.layers[place] = rec
 	of.change(func(list []*recording) []*recording { return append(list, rec) })

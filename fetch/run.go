@@ -68,7 +68,10 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 			shared = last
 		}
 		pieces := l.frames.FramePieces(n)
-		release, err := l.f.memory.take(l.ctx, r.trip.urgency(), weight(f, pieces))
+		if err := r.ready(); err != nil {
+			return frames[i:], err
+		}
+		release, err := r.trip.hold(l.ctx, l.f.memory, weight(f, pieces))
 		if err != nil {
 			return frames[i:], err
 		}
@@ -84,16 +87,19 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 			l.landed(n, pieces, r.spoilt, derr)
 			continue
 		}
-		buf := make([]byte, f.Length)
+		mem := buffer(f.Length)
+		buf := *mem
 		if _, err := io.ReadFull(r, buf[copy(buf, shared):]); err != nil {
+			giveBack(mem)
 			release()
 			return frames[i:], err
 		}
-		last = buf[len(buf)-1:]
+		last = []byte{buf[len(buf)-1]}
 		spoilt := r.spoilt
 		l.f.cores.take(r.trip.urgency())
 		wg.Go(func() {
 			err := l.decode(f, pieces, n, bytes.NewReader(buf))
+			giveBack(mem)
 			l.f.cores.give()
 			release()
 			l.landed(n, pieces, spoilt, err)
@@ -106,10 +112,11 @@ func (l *Layer) read(r *reader, frames []int) (left []int, err error) {
 // that is decompressed.
 func weight(f index.Frame, pieces []index.Piece) (n int64) {
 	for i := range pieces {
-		n = max(n, min(pieces[i].Size, wholePiece))
+		n = max(n, inMemory(&pieces[i]))
 	}
+	n = bufferSize(n)
 	if f.Length <= wholeFrame {
-		n += f.Length
+		n += bufferSize(f.Length)
 	}
 	return n
 }

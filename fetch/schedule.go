@@ -45,6 +45,7 @@ type schedule struct {
 	mu      sync.Mutex // guards what follows
 	wire    wire
 	queue   [classes][]*trip
+	entered [classes]int   // of those on the wire, the ones that did not wait in the queue
 	away    [classes]int   // requests on the wire
 	left    [classes]int64 // bytes that they will still bring
 	calm    chan struct{}  // closed when nothing more urgent than the background is on the wire; nil then
@@ -57,9 +58,10 @@ type schedule struct {
 // trip is a request for a range of a blob, from its place in the queue to its last
 // byte. A nil trip is one that needs no network.
 type trip struct {
-	s     *schedule
-	limit *rate.Limiter
-	begin chan struct{} // closed when it may
+	s       *schedule
+	limit   *rate.Limiter
+	begin   chan struct{} // closed when it may
+	entered int           // 1 where it did not wait for that
 
 	class  Class // guarded by s.mu; it may become more urgent
 	left   int64 // bytes that it will still bring; guarded by s.mu, as over is
@@ -117,9 +119,10 @@ func (s *schedule) begin(ctx context.Context, c Class, n int64, limit *rate.Limi
 // enter begins a trip at once that has its own way of waiting its turn, such as a
 // pass over a layer: the background makes room for it, and the link is measured by it.
 func (s *schedule) enter(c Class) *trip {
-	t := &trip{s: s, class: c, begin: make(chan struct{}), raised: make(chan struct{})}
+	t := &trip{s: s, class: c, entered: 1, begin: make(chan struct{}), raised: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.entered[c] += t.entered
 	s.start(t)
 	return t
 }
@@ -155,6 +158,7 @@ func (s *schedule) urgent() bool { return s.away[Demand]+s.away[ReadAhead]+s.awa
 
 func (s *schedule) finish(t *trip) {
 	s.count(t.class, -1)
+	s.entered[t.class] -= t.entered
 	s.left[t.class] -= t.left
 	t.left, t.over = 0, true
 	s.dispatch()
@@ -193,12 +197,12 @@ func (s *schedule) open(now time.Time) bool { return now.After(s.until) && s.hou
 
 // may reports whether the first that waits in a class may begin.
 func (s *schedule) may(c Class, now time.Time) bool {
-	if c == Background && (s.urgent() || !s.open(now) || now.Sub(s.reader) < patienceOfFill && s.away[Background] > 0) {
-		return false
+	if c == Background && (s.urgent() || !s.open(now) || s.away[Background] > 0 && (s.fill != nil || now.Sub(s.reader) < patienceOfFill)) {
+		return false // with a limit, more at a time would not be faster
 	}
 	trips, left := 0, s.left[Demand]
 	for o := ReadAhead; o <= c; o++ { // what is less urgent holds nobody up
-		trips += s.away[o]
+		trips += s.away[o] - s.entered[o]
 		left += s.left[o]
 	}
 	return trips < maxTrips && left < s.wire.window() && now.After(s.until)
@@ -260,15 +264,70 @@ func (t *trip) came(ctx context.Context, n int) {
 	t.left -= had
 	s.left[t.class] -= had
 	s.dispatch()
-	waited := t.class == Demand
 	s.mu.Unlock()
-	for t.limit != nil && !waited && n > 0 {
+	for t.limit != nil && n > 0 {
 		part := min(n, t.limit.Burst())
-		if t.limit.WaitN(ctx, part) != nil {
+		if !t.slow(ctx, part) {
 			return
 		}
 		n -= part
 	}
+}
+
+// slow waits until the limit lets n bytes through. It reports that there is no time
+// for that where somebody waits for the trip, or for the memory that it holds: a
+// limit can be so low that they would wait for hours.
+func (t *trip) slow(ctx context.Context, n int) bool {
+	r := t.limit.ReserveN(time.Now(), n)
+	for {
+		select {
+		case <-t.raised:
+			return false
+		case <-ctx.Done():
+			return false
+		default:
+		}
+		d := r.Delay()
+		if d <= 0 {
+			return true
+		}
+		if t.s.memory.pressed.Load() > 0 {
+			return false
+		}
+		timer := time.NewTimer(min(d, grace))
+		select {
+		case <-t.raised:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// hold takes memory for n bytes of what the trip brings, as one that somebody waits
+// for as soon as somebody does. The caller calls release, once.
+func (t *trip) hold(ctx context.Context, b *budget, n int64) (release func(), err error) {
+	c := t.urgency()
+	if c < Background && (t == nil || t.limit == nil) {
+		b.pressed.Add(1)
+		defer b.pressed.Add(-1)
+	}
+	if c == Demand {
+		return b.take(ctx, c, n)
+	}
+	calm, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-t.raised:
+			cancel()
+		case <-calm.Done():
+		}
+	}()
+	if release, err = b.take(calm, c, n); err != nil && ctx.Err() == nil {
+		return t.hold(ctx, b, n)
+	}
+	return release, err
 }
 
 // pace holds a fill while somebody waits for something else, though never for long
@@ -280,7 +339,7 @@ func (t *trip) pace(ctx context.Context) {
 	s := t.s
 	s.mu.Lock()
 	calm := s.calm
-	if t.class != Background || calm == nil || s.memory.waiting.Load() > 0 {
+	if t.class != Background || calm == nil || s.memory.pressed.Load() > 0 {
 		s.mu.Unlock()
 		return
 	}
@@ -308,10 +367,19 @@ func (t *trip) raise() {
 	}
 	t.s.count(Demand, 1)
 	t.s.count(t.class, -1)
+	t.s.entered[Demand] += t.entered
+	t.s.entered[t.class] -= t.entered
 	t.s.left[Demand] += t.left
 	t.s.left[t.class] -= t.left
 	t.class = Demand
 	close(t.raised)
+}
+
+// join has who makes another trip wait for this one, which must not be slower.
+func (t *trip) join(other *trip) {
+	if t != nil && (t.urgency() > other.urgency() || t.limit != nil && (other == nil || other.limit == nil)) {
+		t.raise()
+	}
 }
 
 // urgency gives the class that the trip has by now.

@@ -340,3 +340,26 @@ func TestCores(t *testing.T) {
 		t.Errorf("%d are free", c.free)
 	}
 }
+
+// TestPassesLeaveRoom has many passes on the wire: others begin beside them.
+func TestPassesLeaveRoom(t *testing.T) {
+	s := testSchedule(Config{})
+	var passes []*trip
+	for range 2 * maxTrips {
+		passes = append(passes, s.enter(Profile))
+	}
+	for _, c := range []Class{Profile, ReadAhead} {
+		if tr, _ := queued(t, s, c, 1); !going(tr) {
+			t.Errorf("class %v does not go beside passes", c)
+		}
+	}
+	for _, p := range passes {
+		p.raise()
+		p.end()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.entered != [classes]int{} {
+		t.Errorf("%v are counted when all have ended", s.entered)
+	}
+}

@@ -205,6 +205,9 @@ func (a *app) profileImportCmd() *cobra.Command {
 	return cmd
 }
 
+// maxPacked is how many packed bytes a request can carry.
+const maxPacked = 700 << 10
+
 // readProfile reads a file of profiles, packed for the daemon.
 func readProfile(path string) ([]byte, error) {
 	const most = 64 << 20
@@ -225,7 +228,7 @@ func readProfile(path string) ([]byte, error) {
 		return nil, fmt.Errorf("%s has more than %s", path, size(most))
 	}
 	packed, err := daemon.PackProfile(text)
-	if err == nil && len(packed) > 700<<10 { // what a request can carry
+	if err == nil && len(packed) > maxPacked {
 		err = fmt.Errorf("%s: too large a profile (%s compressed)", path, size(int64(len(packed))))
 	}
 	return packed, err

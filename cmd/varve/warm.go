@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -36,9 +37,16 @@ func (a *app) warmCmd() *cobra.Command {
 				}
 				paths = append(paths, more...)
 			}
+			if slices.Contains(paths, "") { // a variable that is not set, and not all of the image
+				return usageError{errors.New("a PATH is empty")}
+			}
 			var err error
 			if len(paths) > 0 {
-				if o.Paths, err = daemon.PackPaths(paths); err != nil {
+				o.Paths, err = daemon.PackPaths(paths)
+				if err == nil && len(o.Paths) > maxPacked {
+					err = fmt.Errorf("%d paths are too many at a time (%s compressed): name directories, or split them", len(paths), size(int64(len(o.Paths))))
+				}
+				if err != nil {
 					return usageError{err}
 				}
 			}

@@ -20,11 +20,11 @@ const version = 1
 const maxDecoded = 16 << 20
 
 type document struct {
-	Version  int        `json:"varve_profile"`
-	Manifest string     `json:"manifest"`
-	Name     string     `json:"name,omitempty"`
-	Created  time.Time  `json:"created"`
-	Layers   []docLayer `json:"layers"`
+	Version  int       `json:"varve_profile"`
+	Manifest string    `json:"manifest"`
+	Name     string    `json:"name,omitempty"`
+	Created  time.Time `json:"created"`
+	Layers   docLayers `json:"layers"`
 
 	Layer  column `json:"layer"`  // place among the layers
 	Off    column `json:"off"`    // blocks, from the end of the range before it in the same layer
@@ -36,6 +36,17 @@ type document struct {
 type docLayer struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
+}
+
+// docLayers are counted before they are read, as a column is.
+type docLayers []docLayer
+
+func (l *docLayers) UnmarshalJSON(b []byte) error {
+	// No layer has more than one comma of its own.
+	if n := bytes.Count(b, []byte{','}) + 1; n > 2*maxLayers {
+		return fmt.Errorf("more than %d layers", maxLayers)
+	}
+	return json.Unmarshal(b, (*[]docLayer)(l))
 }
 
 // column is a field of all ranges. It is counted before it is read, so that what
