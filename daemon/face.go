@@ -117,6 +117,7 @@ func (f *faces) kernel(dir string, t *tree, o fs.Options, plain bool) (_ *kernel
 			return nil, errNotReady
 		}
 		k.served = true
+		o.Direct = o.Direct || l.About().Unproven
 		if paths[i], err = f.serve(dataName(l.Key), l.Layer); err != nil {
 			return nil, err
 		}

@@ -21,9 +21,10 @@ type Kernel struct {
 //
 // EROFS reads its devices through their page cache, served data files too: the next
 // mount of an image then finds there what this one has read, and asks nobody. What
-// is cached twice is given up once it is at rest, see [Forget]. Without that cache
-// (directio) a second start took twice as long, and a cold walk of plain files three
-// times; random reads cost the same.
+// is cached twice is given up once it is at rest, see [Forget]. Direct has it read
+// without, where the kernel knows how, for what must not stay if it turns out to be
+// wrong. A second start then takes twice as long, and a cold walk of plain files
+// three times; random reads cost the same.
 //
 // Beneath, if not 0, is the [MountID] of the mount at dir, beneath which it goes:
 // when that one is unmounted, who is in it stays there, and every new path leads
@@ -70,6 +71,12 @@ func MountKernel(dir, index string, devices []string, o Options) (*Kernel, error
 	}
 	if err := unix.FsconfigSetFlag(fd, "ro"); err != nil {
 		return nil, fmt.Errorf("erofs: ro: %w", explain(fd, err))
+	}
+	if o.Direct {
+		// A kernel that does not know it refuses; the mount works without.
+		if err := unix.FsconfigSetFlag(fd, "directio"); err != nil {
+			o.Log.Debug("EROFS has no directio", "err", explain(fd, err))
+		}
 	}
 	if err := unix.FsconfigCreate(fd); err != nil {
 		return nil, fmt.Errorf("erofs: %w", explain(fd, err))

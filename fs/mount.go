@@ -21,6 +21,7 @@ type Options struct {
 	Log     *slog.Logger
 	Fault   Fault // required by NewTree
 
+	Direct  bool   // see MountKernel
 	Beneath uint64 // see MountKernel
 	Steady  bool   // see MountOverlay
 	Private bool   // only the daemon's user and the kernel may look
