@@ -23,6 +23,7 @@ const (
 	longRead     = 256 << 10 // bytes in sequence that make a reader sequential
 	steps        = 3         // and reads: a large frame is none
 	maxStreams   = 8
+	tooStrange   = 4        // misses that a known start has not, if it is that start
 	nearby       = 32 << 10 // a gap that one request takes along
 )
 
@@ -30,6 +31,7 @@ const (
 type ahead struct {
 	asked  bitmap // frames that somebody asked for
 	unread bitmap // frames that were fetched ahead of need, and nobody asked for yet
+	plan   bitmap // frames that somebody has brought ahead of need, or will
 	waste  atomic.Int64
 
 	mu      sync.Mutex // guards what follows
@@ -41,6 +43,7 @@ type ahead struct {
 	streams [maxStreams]stream
 	at      int
 	all     bool // everything is on its way
+	strange int  // misses of what nobody had announced, since a start was known
 }
 
 // stream is a reader that goes from frame to frame.
@@ -87,7 +90,7 @@ func (a *ahead) forget(f int, n int64) {
 // and has others fetched ahead.
 func (l *Layer) see(from, to int, miss bool) (besides []int) {
 	a := &l.ahead
-	may := l.mayAhead() // its lock is taken before this one
+	may, known := l.mayAhead() // its lock is taken before this one
 	a.mu.Lock()
 	first, last := -1, -1
 	var n, found int64
@@ -108,7 +111,10 @@ func (l *Layer) see(from, to int, miss bool) (besides []int) {
 		}
 	}
 	a.bytes += n
-	if first < 0 || !may {
+	if known && miss && first >= 0 && !a.plan.has(first) {
+		a.strange++
+	}
+	if first < 0 || !may || known && a.strange < tooStrange {
 		a.mu.Unlock()
 		return nil
 	}
@@ -223,14 +229,16 @@ func (l *Layer) missingIn(from, to int) (frames []int) {
 }
 
 // mayAhead reports whether one who has the layer open, by a network, is served by
-// more than what is asked for.
-func (l *Layer) mayAhead() bool {
+// more than what is asked for, and whether of all of those it is known what they
+// will ask for.
+func (l *Layer) mayAhead() (may, known bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	known = true
 	for _, h := range l.sources {
-		if !h.noAhead && !h.known && remote(h.blob) {
-			return true
+		if !h.noAhead && remote(h.blob) {
+			may, known = true, known && h.known
 		}
 	}
-	return false
+	return may, known
 }

@@ -115,6 +115,19 @@ func TestKnownStart(t *testing.T) {
 	if h.Unread() == 0 {
 		t.Error("nothing comes besides when the start is over")
 	}
+	// What is read is not what was announced: it is another start.
+	dropAll(t, h)
+	h.Known(true)
+	for i := range tooStrange {
+		if h.Unread() != 0 {
+			t.Errorf("%d bytes came besides after %d misses", h.Unread(), i)
+		}
+		checkFile(t, h, find(t, l, fmt.Sprintf("f%03d", 15+20*i)))
+		calm(t, h)
+	}
+	if h.Unread() == 0 {
+		t.Error("nothing comes besides a start that is another")
+	}
 }
 
 // TestSequentialReader reads a large file from its beginning: requests become wide,

@@ -283,6 +283,7 @@ func (f *Fetcher) plan(wants []Want, waste int) (p plan) {
 		for i := from; i < to; i++ {
 			if n := l.frames.FrameOf(i); !l.data.Present(n) && seen[l].add(n) {
 				fr := l.frames.Frame(n)
+				l.ahead.plan.add(n)
 				all = append(all, wanted{places[l], n, use, fr.Offset, fr.Offset + fr.Length})
 				p.bytes += fr.Length
 			}

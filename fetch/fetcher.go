@@ -395,7 +395,7 @@ func (l *Layer) documents() error {
 	l.about.Store(about)
 	l.byFrame = about.ByFrame
 	l.hollows = l.countHollow()
-	l.ahead.asked, l.ahead.unread = newBitmap(n), newBitmap(n)
+	l.ahead.asked, l.ahead.unread, l.ahead.plan = newBitmap(n), newBitmap(n), newBitmap(n)
 	l.data, err = l.f.store.Open(l.Key, size, n)
 	return err
 }

@@ -91,11 +91,15 @@ type Handle struct {
 func (l *Layer) About() About { return *l.about.Load() }
 
 // Known says whether it is known what will be read of the layer by this one, and is
-// being brought: then nothing else comes besides what is asked for.
+// being brought: then nothing else comes besides what is asked for, unless that turns
+// out to be something else.
 func (h *Handle) Known(known bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.known = known
+	h.ahead.mu.Lock()
+	defer h.ahead.mu.Unlock()
+	h.ahead.strange = 0
 }
 
 // Close takes the handle's blob away from the layer.
