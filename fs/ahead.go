@@ -26,9 +26,10 @@ type ahead struct {
 	on     atomic.Bool
 	givers atomic.Int32 // how many give now
 
-	mu    sync.Mutex // guards what follows
-	runs  [8]run
-	spare int // the run that is given up for a new one
+	mu        sync.Mutex // guards what follows
+	runs      [8]run
+	spare     int        // the run that is given up for a new one
+	stretches []*stretch // that nobody uses now, one for each giver at most
 }
 
 // run is a reader who goes from file to file.
@@ -47,8 +48,6 @@ const (
 
 // stretch is the memory for a window.
 type stretch [aheadMost * aheadSpan]byte
-
-var stretches = sync.Pool{New: func() any { return new(stretch) }}
 
 // window is a row of files that lie near one another in a data file.
 type window struct {
@@ -176,11 +175,28 @@ func (a *ahead) load(w window, buf *stretch) bool {
 	return err == nil && int64(got) == n
 }
 
+func (a *ahead) stretch() *stretch {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if n := len(a.stretches); n > 0 {
+		s := a.stretches[n-1]
+		a.stretches = a.stretches[:n-1]
+		return s
+	}
+	return new(stretch)
+}
+
+func (a *ahead) giveBack(s *stretch) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stretches = append(a.stretches, s)
+}
+
 // give gives the files of a window, if all of their layer is here. Where the
 // kernel refuses one, its reader is waited for there.
 func (a *ahead) give(w window, next index.Inode) {
-	buf := stretches.Get().(*stretch)
-	defer stretches.Put(buf)
+	buf := a.stretch()
+	defer a.giveBack(buf)
 	if !a.load(w, buf) {
 		return
 	}

@@ -36,10 +36,16 @@ type loop struct {
 	resting atomic.Bool   // the watch sleeps until it is woken
 	ended   chan struct{}
 	threads sync.WaitGroup
-	spare   sync.Pool // of buffers
+	spare   chan *buffers
 }
 
+// buffers are those of a thread, far larger than most requests and answers need.
+// What is spare is kept: made anew for each thread that takes the lead they would
+// cost more than what it does.
 type buffers struct{ in, out []byte }
+
+// maxSpare is how many buffers are kept for threads to come.
+const maxSpare = 8
 
 // tick is how long one request may keep others from being read.
 const tick = 500 * time.Microsecond
@@ -48,10 +54,25 @@ func newLoop(c *conn, raw fuse.RawFileSystem, opts *fuse.MountOptions, log *slog
 	const head = 1 << 12 // more than any request or answer has beside its data
 	l := &loop{
 		conn: c, server: fuse.NewProtocolServer(raw, opts), log: log, size: opts.MaxWrite + 2*head,
-		idle: make(chan struct{}, 1), ended: make(chan struct{}),
+		idle: make(chan struct{}, 1), ended: make(chan struct{}), spare: make(chan *buffers, maxSpare),
 	}
-	l.spare.New = func() any { return &buffers{make([]byte, l.size), make([]byte, l.size)} }
 	return l
+}
+
+func (l *loop) buffers() *buffers {
+	select {
+	case b := <-l.spare:
+		return b
+	default:
+		return &buffers{make([]byte, l.size), make([]byte, l.size)}
+	}
+}
+
+func (l *loop) giveBack(b *buffers) {
+	select {
+	case l.spare <- b:
+	default:
+	}
 }
 
 // run serves until the mount has ended and all requests are answered.
@@ -68,8 +89,8 @@ func (l *loop) run() {
 // afterwards, such as how far the kernel reads ahead. It is called before run, if
 // at all.
 func (l *loop) init() error {
-	b := l.spare.Get().(*buffers)
-	defer l.spare.Put(b)
+	b := l.buffers()
+	defer l.giveBack(b)
 	for {
 		n, err := unix.Read(l.fd, b.in)
 		if errors.Is(err, unix.EINTR) {
@@ -86,8 +107,8 @@ func (l *loop) init() error {
 // with this turn.
 func (l *loop) lead(turn uint64) {
 	defer l.threads.Done()
-	b := l.spare.Get().(*buffers)
-	defer l.spare.Put(b)
+	b := l.buffers()
+	defer l.giveBack(b)
 	for {
 		n, err := unix.Read(l.fd, b.in)
 		switch {
