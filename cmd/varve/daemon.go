@@ -5,6 +5,9 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"runtime/metrics"
+	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -12,7 +15,7 @@ import (
 )
 
 func (a *app) daemonCmd() *cobra.Command {
-	var metrics, rate, hours string
+	var listen, rate, hours string
 	cmd := &cobra.Command{
 		Use:   "daemon [flags]",
 		Short: "Serve the mounts of a store; other verbs start it when they need it",
@@ -29,8 +32,8 @@ func (a *app) daemonCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if metrics != "" {
-				c.Metrics = metrics
+			if listen != "" {
+				c.Metrics = listen
 			}
 			if rate != "" {
 				if c.BackgroundRate, err = limitRate(rate); err != nil {
@@ -50,7 +53,7 @@ func (a *app) daemonCmd() *cobra.Command {
 			return daemon.Run(cmd.Context(), c, nil)
 		},
 	}
-	cmd.Flags().StringVar(&metrics, "metrics", "", "also serve Prometheus on this loopback address, host:port")
+	cmd.Flags().StringVar(&listen, "metrics", "", "also serve Prometheus on this loopback address, host:port")
 	cmd.Flags().StringVar(&rate, "limit-rate", "", "fetch what nobody waits for at no more than so many bytes a second, such as 2MB")
 	cmd.Flags().StringVar(&hours, "background-hours", "", "fetch what nobody waits for in these hours of the day only, such as 22:00-06:00")
 	cmd.AddCommand(&cobra.Command{
@@ -75,9 +78,23 @@ func (a *app) daemonCmd() *cobra.Command {
 // is alive, the runtime spends at most half of the CPU on the attempt.
 const softMemory = 28 << 20
 
-// limitMemory sets the soft limit, unless GOMEMLIMIT has.
+// limitMemory keeps the soft limit, unless GOMEMLIMIT has one. It is never so near to
+// what is alive that the runtime does little but collect.
 func limitMemory() {
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(softMemory)
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
 	}
+	debug.SetMemoryLimit(softMemory)
+	go func() {
+		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+		var seen [8]int64 // of late; what is alive for a moment only does not count
+		for i := 0; ; i++ {
+			time.Sleep(time.Second)
+			metrics.Read(live)
+			if live[0].Value.Kind() == metrics.KindUint64 {
+				seen[i%len(seen)] = int64(live[0].Value.Uint64())
+			}
+			debug.SetMemoryLimit(max(softMemory, slices.Min(seen[:])*3/2))
+		}
+	}()
 }
