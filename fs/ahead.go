@@ -167,7 +167,7 @@ func (a *ahead) window(next index.Inode, files int, r *run) (w window, _ index.I
 // load reads the stretch of a window, if all of its layer is here.
 func (a *ahead) load(w window, buf *stretch) bool {
 	data, n := a.layers[w.device], w.to-w.from
-	if l, ok := data.(interface{ Whole() bool }); !ok || !l.Whole() || data.Hold(w.from, n) != nil {
+	if !allHere(data) || data.Hold(w.from, n) != nil {
 		return false
 	}
 	defer data.Release()

@@ -25,6 +25,12 @@ type Data interface {
 	Size() int64
 }
 
+// allHere reports whether all of a data file is known to be here.
+func allHere(d Data) bool {
+	w, ok := d.(interface{ Whole() bool })
+	return ok && w.Whole()
+}
+
 // Fault is told of every read that fails: by which data file, at which offset
 // of it, and why. It must not block.
 type Fault func(device int, off int64, err error)

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -20,18 +21,20 @@ import (
 //
 // A request that may take long (it waits for a disk, or for the network) is not
 // let hold up others: the thread that has it gives the lead away before, where
-// the kind of request tells, or has it taken away by the watch, where a request
-// turns out to take longer than a tick.
+// the request tells, or has it taken away by the watch, where one turns out to take
+// longer than a tick. Giving it away costs half as much as the reading of a page
+// from a disk: what reads of it, and nobody else asks, keeps the lead.
 type loop struct {
 	*conn
 	server *fuse.ProtocolServer
 	reads  reader // nil where server answers READs too
 	log    *slog.Logger
-	size   int // of the largest request and answer, bytes
+	most   int // bytes of the largest request
 
 	// turn counts what the leader does: even while it reads, odd while it
 	// handles. Who changes it from odd leads.
 	turn    atomic.Uint64
+	crowd   atomic.Int32  // READs to come that are to give the lead away, others having waited for one
 	idle    chan struct{} // wakes the watch
 	resting atomic.Bool   // the watch sleeps until it is woken
 	ended   chan struct{}
@@ -39,24 +42,43 @@ type loop struct {
 	spare   chan *buffers
 }
 
-// buffers are those of a thread, far larger than most requests and answers need.
-// What is spare is kept: made anew for each thread that takes the lead they would
-// cost more than what it does.
+// buffers are those of a thread. What is spare is kept: made anew for each thread
+// that takes the lead they would cost more than what it does.
 type buffers struct{ in, out []byte }
 
-// maxSpare is how many buffers are kept for threads to come.
-const maxSpare = 8
+const (
+	maxSpare = 8                // buffers that are kept for threads to come
+	besides  = 1 << 12          // more than any request or answer has beside its data
+	ordinary = 64<<10 + besides // of what is no READ, WRITE or READDIR: an extended attribute
+)
 
-// tick is how long one request may keep others from being read.
-const tick = 500 * time.Microsecond
+// room has out hold the answer to the request: a READ's and a READDIR's may be as
+// long as the request says, and is seldom long.
+func (b *buffers) room(n int) {
+	need := ordinary
+	switch request := b.in[:n]; {
+	case n < int(unsafe.Sizeof(fuse.ReadIn{})):
+	case opcode(request) == requestRead, opcode(request) == requestReaddir, opcode(request) == requestReaddirPlus:
+		size := binary.NativeEndian.Uint32(request[unsafe.Offsetof(fuse.ReadIn{}.Size):])
+		need = max(need, besides+int(min(size, 2*maxRead)))
+	}
+	if len(b.out) < need {
+		b.out = make([]byte, need)
+	}
+}
 
-func newLoop(c *conn, raw fuse.RawFileSystem, opts *fuse.MountOptions, log *slog.Logger) *loop {
-	const head = 1 << 12 // more than any request or answer has beside its data
-	l := &loop{
-		conn: c, server: fuse.NewProtocolServer(raw, opts), log: log, size: opts.MaxWrite + 2*head,
+const (
+	tick       = 500 * time.Microsecond // one request may keep others from being read
+	crowdReads = 64                     // until it is tried again whether others wait
+)
+
+// newLoop makes what answers the requests of a connection, of which the longest WRITE
+// has so many bytes.
+func newLoop(c *conn, raw fuse.RawFileSystem, opts *fuse.MountOptions, write int, log *slog.Logger) *loop {
+	return &loop{
+		conn: c, server: fuse.NewProtocolServer(raw, opts), log: log, most: max(ordinary, write+besides),
 		idle: make(chan struct{}, 1), ended: make(chan struct{}), spare: make(chan *buffers, maxSpare),
 	}
-	return l
 }
 
 func (l *loop) buffers() *buffers {
@@ -64,7 +86,7 @@ func (l *loop) buffers() *buffers {
 	case b := <-l.spare:
 		return b
 	default:
-		return &buffers{make([]byte, l.size), make([]byte, l.size)}
+		return &buffers{make([]byte, l.most), make([]byte, ordinary)}
 	}
 }
 
@@ -126,7 +148,7 @@ func (l *loop) lead(turn uint64) {
 			l.idle <- struct{}{}
 		}
 		leading := true
-		if mayWait(b.in[:n]) {
+		if l.mayWait(b.in[:n]) {
 			leading = !l.pass(turn)
 		}
 		l.answer(b, n)
@@ -185,25 +207,30 @@ func (l *loop) watch() {
 	}
 }
 
-// mayWait reports whether a request is of a kind that waits for a disk or for the
-// network.
-func mayWait(request []byte) bool {
+// mayWait reports whether a request is one that waits for a disk while others ask, or
+// for the network.
+func (l *loop) mayWait(request []byte) bool {
 	const ( // include/uapi/linux/fuse.h
 		opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange = 16, 20, 30, 43, 47
 	)
-	if len(request) < 8 {
+	if len(request) < outHeader {
 		return false
 	}
 	switch opcode(request) {
-	case requestRead, opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange:
+	case requestRead:
+		return l.reads == nil || l.mayReadWait(request)
+	case opWrite, opFsync, opFsyncdir, opFallocate, opCopyFileRange:
 		return true
 	}
 	return false
 }
 
 const ( // include/uapi/linux/fuse.h
-	requestRead      = 15
-	requestInterrupt = 36
+	requestRead        = 15
+	requestInit        = 26
+	requestReaddir     = 28
+	requestInterrupt   = 36
+	requestReaddirPlus = 44
 )
 
 func opcode(request []byte) uint32 { return binary.NativeEndian.Uint32(request[4:]) }
@@ -219,18 +246,19 @@ func (l *loop) answer(b *buffers, n int) {
 			return
 		}
 	}
+	b.room(n)
 	m, st := l.server.HandleRequest([][]byte{b.in[:n]}, [][]byte{b.out})
-	if m == 0 {
-		if !st.Ok() && n >= 16 {
-			// It could not be understood, and still its caller waits.
-			le := binary.NativeEndian
-			le.PutUint32(b.out[0:], 16)
-			le.PutUint32(b.out[4:], ^uint32(unix.EIO)+1) // negative
-			copy(b.out[8:16], b.in[8:16])
-			m = 16
-		} else {
-			return
-		}
+	if n >= 16 && opcode(b.in) == requestInit && m >= outHeader+int(unsafe.Sizeof(fuse.InitOut{})) {
+		// The kernel has who reads offer room for the longest WRITE each time.
+		(*fuse.InitOut)(unsafe.Pointer(&b.out[outHeader])).MaxWrite = uint32(l.most - besides)
+	}
+	switch {
+	case m > 0:
+	case st.Ok() || n < outHeader:
+		return
+	default: // it could not be understood, and still its caller waits
+		header(b.in, fuse.EIO, b.out, 0)
+		m = outHeader
 	}
 	for {
 		_, err := unix.Write(l.fd, b.out[:m])

@@ -14,6 +14,8 @@ import (
 // is read once more and allocates for each request.
 type reader interface {
 	Read(cancel <-chan struct{}, h *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status)
+	// Local reports whether what a node contains is on this machine.
+	Local(node uint64) bool
 }
 
 const outHeader = 16 // struct fuse_out_header
@@ -33,19 +35,47 @@ func (l *loop) answerRead(b *buffers, n int) {
 	head := b.out[:outHeader]
 	switch r := r.(type) {
 	case *copied:
+		// Who is answered asks again at once: others are seen before.
+		if l.crowd.Load() <= 0 && l.waiting() {
+			l.crowd.Store(crowdReads)
+		}
 		l.send(b.in, st, head, r.buf[:r.n])
 	case *held:
 		if l.splice(b.in, head, r) {
 			return
 		}
-		n, st := r.Readv([][]byte{b.out[outHeader:][:r.n]})
+		b.room(n)
+		data := b.out[outHeader:][:r.n]
+		n, st := r.Readv([][]byte{data})
 		if !st.Ok() {
 			n = 0
 		}
-		l.send(b.in, st, head, b.out[outHeader:][:n])
+		l.send(b.in, st, b.out[:outHeader], data[:n])
 	default: // an error, or the end of the file
 		l.send(b.in, st, head, nil)
 	}
+}
+
+// mayReadWait reports whether a READ gives the lead away: where it waits for the
+// network, where it is so large that the disk has much to do, and where others have
+// waited for one of late.
+func (l *loop) mayReadWait(request []byte) bool {
+	if len(request) < int(unsafe.Sizeof(fuse.ReadIn{})) {
+		return false
+	}
+	if l.crowd.Load() > 0 {
+		l.crowd.Add(-1)
+		return true
+	}
+	h := (*fuse.ReadIn)(unsafe.Pointer(&request[0]))
+	return h.Size > small || !l.reads.Local(h.NodeId)
+}
+
+// waiting reports whether a request waits to be read.
+func (l *loop) waiting() bool {
+	p := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0 && p[0].Revents&unix.POLLIN != 0
 }
 
 // header makes that of an answer to a request.

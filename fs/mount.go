@@ -97,7 +97,7 @@ func serveTree(dir string, t *Tree, opts *fuse.MountOptions, o Options) (*Served
 		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
 	}
 	t.ahead.conn = c
-	l := newLoop(c, t, opts, o.Log)
+	l := newLoop(c, t, opts, 0, o.Log)
 	l.reads = t
 	if err := l.init(); err != nil {
 		unix.Close(c.fd)

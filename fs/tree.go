@@ -194,6 +194,16 @@ func (t *Tree) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadRes
 	return r, fuse.OK
 }
 
+// Local reports whether the layer that has a file is here.
+func (t *Tree) Local(node uint64) bool {
+	in, err := t.inode(node)
+	if err != nil {
+		return true // so is the error
+	}
+	device, _, _, err := t.im.Extent(&in)
+	return err != nil || allHere(t.layers[device])
+}
+
 func (t *Tree) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (_ uint32, st fuse.Status) {
 	defer t.ops.done(opGetxattr, time.Now(), &st)
 	in, err := t.inode(h.NodeId)

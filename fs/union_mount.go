@@ -60,7 +60,7 @@ func ServeUnion(dir string, u *Union, o Options) (*Served, error) {
 	s := &Served{dir: dir, done: make(chan struct{})}
 	go func() {
 		defer close(s.done)
-		newLoop(c, u, opts, o.Log).run()
+		newLoop(c, u, opts, opts.MaxWrite, o.Log).run()
 		u.OnUnmount()
 	}()
 	if root {

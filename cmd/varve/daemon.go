@@ -86,15 +86,31 @@ func limitMemory() {
 	}
 	debug.SetMemoryLimit(softMemory)
 	go func() {
-		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-		var seen [8]int64 // of late; what is alive for a moment only does not count
+		var seen [8]int64 // of late; what is needed for a moment only does not count
 		for i := 0; ; i++ {
 			time.Sleep(time.Second)
-			metrics.Read(live)
-			if live[0].Value.Kind() == metrics.KindUint64 {
-				seen[i%len(seen)] = int64(live[0].Value.Uint64())
-			}
-			debug.SetMemoryLimit(max(softMemory, slices.Min(seen[:])*3/2))
+			seen[i%len(seen)] = neededMemory()
+			debug.SetMemoryLimit(max(softMemory, slices.Min(seen[:])))
 		}
 	}()
+}
+
+// neededMemory gives the bytes with which the heap has half as much again as is alive
+// before it is collected: the limit counts what the runtime has beside the heap, too.
+func neededMemory() (n int64) {
+	of := map[string]float64{
+		"/gc/heap/live:bytes": 1.5, "/memory/classes/total:bytes": 1, "/memory/classes/heap/objects:bytes": -1,
+		"/memory/classes/heap/free:bytes": -1, "/memory/classes/heap/released:bytes": -1,
+	}
+	var samples []metrics.Sample
+	for name := range of {
+		samples = append(samples, metrics.Sample{Name: name})
+	}
+	metrics.Read(samples)
+	for _, s := range samples {
+		if s.Value.Kind() == metrics.KindUint64 {
+			n += int64(of[s.Name] * float64(s.Value.Uint64()))
+		}
+	}
+	return n
 }
