@@ -11,6 +11,7 @@ import (
 
 	"github.com/varvefs/varve/fetch"
 	"github.com/varvefs/varve/fetch/profile"
+	"github.com/varvefs/varve/fs"
 )
 
 // What a mount has fetched ahead of need.
@@ -172,6 +173,7 @@ func (s *start) fetch(t *tree) {
 		s.log.Warn("what a start needs is not all known", "source", source, "err", err)
 	}
 	began := time.Now()
+	s.readDisk(wants)
 	if len(wants) > 0 {
 		// A few bytes that nobody reads cost less than another request.
 		if err = s.d.fetcher.Bring(s.ctx, wants, fetch.Bringing{Class: fetch.Profile, Waste: 4, Progress: s.progress}); err != nil && s.ctx.Err() == nil {
@@ -188,6 +190,23 @@ func (s *start) fetch(t *tree) {
 		s.fill(t)
 	}
 }
+
+// readDisk has the disk read what the start will need and is here, in its order: the
+// reads of a program wait for each other.
+func (s *start) readDisk(wants []fetch.Want) {
+	left := int64(maxReadDisk)
+	for _, w := range wants {
+		if left -= w.N; left < 0 || s.ctx.Err() != nil {
+			return
+		}
+		if w.Layer.Has(w.Off, w.N) {
+			fs.WillNeed(w.Layer.Fd(), w.Off, w.N)
+		}
+	}
+}
+
+// maxReadDisk bounds what that puts into the page cache, in bytes.
+const maxReadDisk = 256 << 20
 
 func (s *start) fetchedAhead(err error) {
 	s.mu.Lock()

@@ -81,7 +81,7 @@ func (a *ahead) read(in *index.Inode) (rest func()) {
 			if w, next = a.window(next, len(w.files), nil); len(w.files) == 0 {
 				break
 			}
-			unix.Fadvise(a.layers[w.device].Fd(), w.from, w.to-w.from, unix.FADV_WILLNEED)
+			WillNeed(a.layers[w.device].Fd(), w.from, w.to-w.from)
 		}
 	}
 }

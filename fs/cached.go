@@ -17,3 +17,7 @@ func Cached(fd int) (pages, dirty uint64, err error) {
 // instead (SPLICE_F_MOVE) does nothing where the disk's filesystem caches in units
 // of more than a page, as ext4 does (fuse_try_move_folio in fs/fuse/dev.c).
 func Forget(fd int) error { return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) }
+
+// WillNeed has the disk read a range of a file that is about to be asked for. It
+// does not wait for it.
+func WillNeed(fd int, off, n int64) error { return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED) }
