@@ -122,6 +122,11 @@ func (f *faces) kernel(dir string, t *tree, o fs.Options, plain bool) (_ *kernel
 			return nil, err
 		}
 	}
+	if o.Direct {
+		for _, path := range paths {
+			f.data.Direct(filepath.Base(path))
+		}
+	}
 	if k.Kernel, err = fs.MountKernel(dir, t.index.file, paths, o); err != nil {
 		return nil, err
 	}
@@ -324,13 +329,15 @@ func (f *faces) tryKernel() (err error) {
 	return err
 }
 
-// probeData is the data file of the probe, which is all there.
+// probeData is the data file of the probe, which is all there, and read as one that
+// is not.
 type probeData struct {
 	file *os.File
 	size int64
 }
 
-func (p *probeData) Hold(int64, int64) error { return nil }
-func (p *probeData) Release()                {}
-func (p *probeData) Fd() int                 { return int(p.file.Fd()) }
-func (p *probeData) Size() int64             { return p.size }
+func (p *probeData) Hold(int64, int64) error              { return nil }
+func (p *probeData) HoldFirst(int64, int64) (bool, error) { return false, nil }
+func (p *probeData) Release()                             {}
+func (p *probeData) Fd() int                              { return int(p.file.Fd()) }
+func (p *probeData) Size() int64                          { return p.size }

@@ -137,7 +137,7 @@ func (s *start) opened(t *tree) {
 		}
 	}
 	if s.canRecord() {
-		s.recorder = s.d.fetcher.Record(t.layers)
+		s.recorder = s.d.fetcher.Record(t.layers, !s.here())
 	}
 	if s.mode == prefetchNone || s.image.o.Offline {
 		s.use.Source, s.use.State = fromNothing, "done"
@@ -147,6 +147,13 @@ func (s *start) opened(t *tree) {
 	s.d.background.Go(func() {
 		defer t.close()
 		s.fetch(t)
+	})
+}
+
+// here reports whether it is known what the start will need, and all of that is here.
+func (s *start) here() bool {
+	return s.local != nil && !slices.ContainsFunc(s.local.Uses, func(u profile.Use) bool {
+		return !s.layers[u.Layer].Has(u.Off, u.N)
 	})
 }
 

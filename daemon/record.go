@@ -34,7 +34,7 @@ func (s *start) growing(t *tree) {
 	if s.again || s.quiet != nil && *s.quiet == 0 {
 		return
 	}
-	s.recorder = s.d.fetcher.Record(t.layers)
+	s.recorder = s.d.fetcher.Record(t.layers, true)
 	for i, p := range t.passes {
 		if p != nil {
 			s.recorder.Follow(i, p)

@@ -438,7 +438,7 @@ func TestRecord(t *testing.T) {
 	s := serve(t, a)
 	m := on(t, t.TempDir(), quick)
 	h := m.open(t, a, s.origin(a))
-	r := m.Record([]*Handle{nil, h, h})
+	r := m.Record([]*Handle{nil, h, h}, true)
 	big, little := entry(t, h, "big"), entry(t, h, "small")
 	for _, e := range []index.Entry{little, big, little, big} {
 		if _, err := content(h, e); err != nil {

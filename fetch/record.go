@@ -14,6 +14,7 @@ import (
 // mounts that share a layer are not told apart.
 type Recorder struct {
 	start  time.Time
+	exact  bool         // see HoldFirst
 	layers []*recording // by place; nil where nothing is recorded
 	room   int64        // bytes of data files that more layers may have
 
@@ -63,9 +64,16 @@ func (rs *recordings) note(off, n int64) {
 	}
 }
 
-// Record begins to note what is asked for of layers. The caller stops it.
-func (f *Fetcher) Record(layers []*Handle) *Recorder {
-	r := &Recorder{start: time.Now(), layers: make([]*recording, len(layers)), room: maxRecorded}
+// exact reports whether somebody records who is to miss nothing.
+func (rs *recordings) exact() bool {
+	return slices.ContainsFunc(rs.all(), func(rec *recording) bool { return rec.r.exact })
+}
+
+// Record begins to note what is asked for of layers: exactly, at the price of more
+// reads, or with less regard for files that are small and near one another, see
+// [Layer.HoldFirst]. The caller stops it.
+func (f *Fetcher) Record(layers []*Handle, exact bool) *Recorder {
+	r := &Recorder{start: time.Now(), exact: exact, layers: make([]*recording, len(layers)), room: maxRecorded}
 	for i, h := range layers {
 		if h != nil {
 			r.follow(i, &h.recordings, h.Size())

@@ -21,8 +21,13 @@ type DataFiles struct {
 
 	mu    sync.RWMutex // guards what follows
 	names map[string]uint64
-	files []Data
-	known []string
+	files []dataFile
+}
+
+type dataFile struct {
+	Data
+	name  string
+	exact bool // see Direct
 }
 
 // NewDataFiles gives an empty directory.
@@ -54,18 +59,27 @@ func (d *DataFiles) Add(name string, f Data) {
 	if _, ok := d.names[name]; ok {
 		return
 	}
-	d.files = append(d.files, f)
-	d.known = append(d.known, name)
+	d.files = append(d.files, dataFile{Data: f, name: name})
 	d.names[name] = uint64(len(d.files)) + 1
 }
 
-func (d *DataFiles) file(id uint64) (Data, string) {
+// Direct says that somebody reads a data file without the page cache. What he asks
+// for he wants.
+func (d *DataFiles) Direct(name string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if id, ok := d.names[name]; ok {
+		d.files[id-2].exact = true
+	}
+}
+
+func (d *DataFiles) file(id uint64) (f dataFile, ok bool) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	if i := id - 2; i < uint64(len(d.files)) {
-		return d.files[i], d.known[i]
+		return d.files[i], true
 	}
-	return nil, ""
+	return f, false
 }
 
 func (d *DataFiles) attr(id uint64, out *fuse.Attr) bool {
@@ -74,8 +88,8 @@ func (d *DataFiles) attr(id uint64, out *fuse.Attr) bool {
 		out.Mode = fuse.S_IFDIR | 0o500
 		return true
 	}
-	f, _ := d.file(id)
-	if f == nil {
+	f, ok := d.file(id)
+	if !ok {
 		return false
 	}
 	out.Mode, out.Size = fuse.S_IFREG|0o400, uint64(f.Size())
@@ -123,10 +137,21 @@ func (d *DataFiles) ReadDirPlus(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.Dir
 	return fuse.OK
 }
 
+// firstHolder is Data that knows what is worth reading ahead.
+type firstHolder interface {
+	HoldFirst(off, n int64) (all bool, err error)
+}
+
+// Read answers from the data file. The kernel reads ahead past the end of the file
+// that somebody reads, into those that are its neighbours in the layer: where they are
+// not here, a read of several pages is refused. Of pages that did not come so the
+// kernel asks for each by itself, if it is wanted (filemap_update_page in
+// mm/filemap.c).
 func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadResult, st fuse.Status) {
-	defer d.ops.done(opRead, time.Now(), &st)
-	f, name := d.file(h.NodeId)
-	if f == nil {
+	said := fuse.OK
+	defer d.ops.done(opRead, time.Now(), &said)
+	f, ok := d.file(h.NodeId)
+	if !ok {
 		return nil, fuse.ENOENT
 	}
 	off := int64(h.Offset)
@@ -134,10 +159,23 @@ func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.Re
 	if n <= 0 {
 		return fuse.ReadResultData(nil), fuse.OK
 	}
-	r, err := hold(f, off, n)
+	var err error
+	if first, ok := f.Data.(firstHolder); ok && !f.exact && n > pageSize {
+		var all bool
+		if all, err = first.HoldFirst(off, n); !all && err == nil {
+			return nil, fuse.EIO
+		}
+	} else {
+		err = f.Hold(off, n)
+	}
+	var r fuse.ReadResult
+	if err == nil {
+		r, err = send(f.Data, off, n)
+	}
 	if err != nil {
-		d.fault(name, off, err)
-		return nil, status(err)
+		said = status(err)
+		d.fault(f.name, off, err)
+		return nil, said
 	}
 	return r, fuse.OK
 }

@@ -23,6 +23,11 @@ func hold(d Data, off, n int64) (fuse.ReadResult, error) {
 	if err := d.Hold(off, n); err != nil {
 		return nil, err
 	}
+	return send(d, off, n)
+}
+
+// send gives [off, off+n) of a data file, which is held and let go when it was sent.
+func send(d Data, off, n int64) (fuse.ReadResult, error) {
 	if n <= small {
 		defer d.Release()
 		return read(d.Fd(), off, int(n))
