@@ -13,6 +13,7 @@ import (
 	"hash"
 	"io"
 
+	"github.com/go-json-experiment/json/jsontext"
 	digest "github.com/opencontainers/go-digest"
 
 	"github.com/varvefs/varve/index"
@@ -49,7 +50,8 @@ func Read(r io.Reader, want digest.Digest, b *index.Builder, o Options) error {
 		}
 	}
 	s := &source{r: r, sum: sha256.New()}
-	dec := json.NewDecoder(s)
+	// What it lets pass here, encoding/json judges in the entry it is in.
+	dec := jsontext.NewDecoder(s, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 	s.dec = dec
 	c := converter{b: b, o: o}
 	err := document(dec, &c)
@@ -69,19 +71,23 @@ func Read(r io.Reader, want digest.Digest, b *index.Builder, o Options) error {
 }
 
 // document walks {"version": 1, "entries": [...], ...}.
-func document(dec *json.Decoder, c *converter) error {
-	if err := expect(dec, json.Delim('{')); err != nil {
+func document(dec *jsontext.Decoder, c *converter) error {
+	if err := expect(dec, jsontext.KindBeginObject); err != nil {
 		return err
 	}
 	version, seen := int64(0), false
-	for dec.More() {
-		key, err := dec.Token()
+	for dec.PeekKind() != jsontext.KindEndObject {
+		key, err := dec.ReadToken()
 		if err != nil {
 			return malformed("TOC", err)
 		}
-		switch key {
+		switch key := key.String(); key {
 		case "version":
-			if err := dec.Decode(&version); err != nil {
+			value, err := dec.ReadValue()
+			if err == nil {
+				err = json.Unmarshal(value, &version)
+			}
+			if err != nil {
 				return malformed("TOC version", err)
 			}
 			if version != 1 {
@@ -96,59 +102,61 @@ func document(dec *json.Decoder, c *converter) error {
 				return err
 			}
 		default:
-			var other json.RawMessage
-			if err := dec.Decode(&other); err != nil {
+			if err := dec.SkipValue(); err != nil {
 				return malformed(fmt.Sprintf("TOC field %.80q", key), err)
 			}
 		}
 	}
-	if err := expect(dec, json.Delim('}')); err != nil {
+	if err := expect(dec, jsontext.KindEndObject); err != nil {
 		return err
 	}
 	if version != 1 {
 		return fmt.Errorf("%w: TOC has no version", index.ErrMalformed)
 	}
-	rest, err := io.ReadAll(io.LimitReader(dec.Buffered(), 1<<20))
-	if err == nil && len(bytes.TrimSpace(rest)) > 0 {
+	if len(bytes.TrimSpace(dec.UnreadBuffer())) > 0 {
 		return fmt.Errorf("%w: TOC has data after its end", index.ErrMalformed)
 	}
-	return err
+	return nil
 }
 
-func entries(dec *json.Decoder, c *converter) error {
-	tok, err := dec.Token()
+func entries(dec *jsontext.Decoder, c *converter) error {
+	tok, err := dec.ReadToken()
 	if err != nil {
 		return malformed("TOC entries", err)
 	}
-	if tok == nil { // Go writes an empty list as null
+	if tok.Kind() == jsontext.KindNull { // Go writes an empty list so
 		return nil
 	}
-	if tok != json.Delim('[') {
-		return fmt.Errorf("%w: TOC entries begin with %v", index.ErrMalformed, tok)
+	if tok.Kind() != jsontext.KindBeginArray {
+		return fmt.Errorf("%w: TOC entries begin with %v", index.ErrMalformed, tok.Kind())
 	}
 	var e entry
-	for n := 0; dec.More(); n++ {
+	for n := 0; dec.PeekKind() != jsontext.KindEndArray; n++ {
 		e.reset()
-		if err := dec.Decode(&e); err != nil {
+		value, err := dec.ReadValue()
+		if err == nil {
+			err = e.UnmarshalJSON(value)
+		}
+		if err != nil {
 			return malformed(fmt.Sprintf("TOC entry %d (after %.80q)", n, c.name), err)
 		}
 		if err := c.take(&e); err != nil {
 			return err
 		}
 	}
-	if err := expect(dec, json.Delim(']')); err != nil {
+	if err := expect(dec, jsontext.KindEndArray); err != nil {
 		return err
 	}
 	return c.finish()
 }
 
-func expect(dec *json.Decoder, want json.Delim) error {
-	tok, err := dec.Token()
+func expect(dec *jsontext.Decoder, want jsontext.Kind) error {
+	tok, err := dec.ReadToken()
 	if err != nil {
 		return malformed("TOC", err)
 	}
-	if tok != want {
-		return fmt.Errorf("%w: TOC has %v, want %v", index.ErrMalformed, tok, want)
+	if tok.Kind() != want {
+		return fmt.Errorf("%w: TOC has %v, want %v", index.ErrMalformed, tok.Kind(), want)
 	}
 	return nil
 }
@@ -169,7 +177,7 @@ func malformed(what string, err error) error {
 type source struct {
 	r    io.Reader
 	sum  hash.Hash
-	dec  *json.Decoder
+	dec  *jsontext.Decoder
 	read int64
 	err  error // of r, other than its end
 }
