@@ -76,16 +76,11 @@ func (a *app) daemonCmd() *cobra.Command {
 // more often than the heap's doubling asks for, in bytes. What is alive at the
 // merge of 100,000 names fits in it, so that it costs a few collections; where more
 // is alive, the runtime spends at most half of the CPU on the attempt.
-const softMemory = 28 << 20
+const softMemory = 26 << 20
 
 // limitMemory keeps the soft limit, unless GOMEMLIMIT has one. It is never so near to
-// what is alive that the runtime does little but collect. Under it the heap may grow to
-// three times of what is alive before it is collected, which is little: that takes half
-// of the collections, and a sixteenth of a start's CPU, away.
+// what is alive that the runtime does little but collect.
 func limitMemory() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200)
-	}
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
 	}
