@@ -179,8 +179,10 @@ func (s *start) fetch(t *tree) {
 	if err != nil && s.ctx.Err() == nil {
 		s.log.Warn("what a start needs is not all known", "source", source, "err", err)
 	}
+	var disk sync.WaitGroup
+	defer disk.Wait()
+	disk.Go(func() { s.readDisk(wants) })
 	began := time.Now()
-	s.readDisk(wants)
 	if len(wants) > 0 {
 		// A few bytes that nobody reads cost less than another request.
 		if err = s.d.fetcher.Bring(s.ctx, wants, fetch.Bringing{Class: fetch.Profile, Waste: 4, Progress: s.progress}); err != nil && s.ctx.Err() == nil {

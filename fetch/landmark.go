@@ -43,4 +43,8 @@ func (h *Handle) Spans(first, last int) (wants []Want) {
 }
 
 // Has reports whether [off, off+n) of the data file is here.
-func (l *Layer) Has(off, n int64) bool { return l.has(off, n) }
+func (l *Layer) Has(off, n int64) bool {
+	l.life.RLock()
+	defer l.life.RUnlock()
+	return l.has(off, n)
+}

@@ -2,6 +2,7 @@ package fs
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -21,13 +22,16 @@ type DataFiles struct {
 
 	mu    sync.RWMutex // guards what follows
 	names map[string]uint64
-	files []dataFile
+	files []*dataFile
 }
 
 type dataFile struct {
 	Data
-	name  string
-	exact bool // see Direct
+	name   string
+	direct atomic.Bool // see Direct
+
+	mu      sync.Mutex
+	refused []uint64 // a bit a block: reads that begin there are not refused again
 }
 
 // NewDataFiles gives an empty directory.
@@ -59,27 +63,27 @@ func (d *DataFiles) Add(name string, f Data) {
 	if _, ok := d.names[name]; ok {
 		return
 	}
-	d.files = append(d.files, dataFile{Data: f, name: name})
+	d.files = append(d.files, &dataFile{Data: f, name: name})
 	d.names[name] = uint64(len(d.files)) + 1
 }
 
 // Direct says that somebody reads a data file without the page cache. What he asks
 // for he wants.
 func (d *DataFiles) Direct(name string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.mu.RLock()
+	defer d.mu.RUnlock()
 	if id, ok := d.names[name]; ok {
-		d.files[id-2].exact = true
+		d.files[id-2].direct.Store(true)
 	}
 }
 
-func (d *DataFiles) file(id uint64) (f dataFile, ok bool) {
+func (d *DataFiles) file(id uint64) *dataFile {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	if i := id - 2; i < uint64(len(d.files)) {
-		return d.files[i], true
+		return d.files[i]
 	}
-	return f, false
+	return nil
 }
 
 func (d *DataFiles) attr(id uint64, out *fuse.Attr) bool {
@@ -88,8 +92,8 @@ func (d *DataFiles) attr(id uint64, out *fuse.Attr) bool {
 		out.Mode = fuse.S_IFDIR | 0o500
 		return true
 	}
-	f, ok := d.file(id)
-	if !ok {
+	f := d.file(id)
+	if f == nil {
 		return false
 	}
 	out.Mode, out.Size = fuse.S_IFREG|0o400, uint64(f.Size())
@@ -137,21 +141,16 @@ func (d *DataFiles) ReadDirPlus(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.Dir
 	return fuse.OK
 }
 
-// firstHolder is Data that knows what is worth reading ahead.
-type firstHolder interface {
-	HoldFirst(off, n int64) (all bool, err error)
-}
-
 // Read answers from the data file. The kernel reads ahead past the end of the file
 // that somebody reads, into those that are its neighbours in the layer: where they are
-// not here, a read of several pages is refused. Of pages that did not come so the
-// kernel asks for each by itself, if it is wanted (filemap_update_page in
+// not here, a read of several blocks is refused. What did not come so the kernel asks
+// for once more, a page or a folio at a time, where it is wanted (filemap_update_page in
 // mm/filemap.c).
 func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadResult, st fuse.Status) {
 	said := fuse.OK
 	defer d.ops.done(opRead, time.Now(), &said)
-	f, ok := d.file(h.NodeId)
-	if !ok {
+	f := d.file(h.NodeId)
+	if f == nil {
 		return nil, fuse.ENOENT
 	}
 	off := int64(h.Offset)
@@ -159,25 +158,64 @@ func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.Re
 	if n <= 0 {
 		return fuse.ReadResultData(nil), fuse.OK
 	}
-	var err error
-	if first, ok := f.Data.(firstHolder); ok && !f.exact && n > pageSize {
-		var all bool
-		if all, err = first.HoldFirst(off, n); !all && err == nil {
-			return nil, fuse.EIO
-		}
-	} else {
-		err = f.Hold(off, n)
-	}
-	var r fuse.ReadResult
-	if err == nil {
-		r, err = send(f.Data, off, n)
-	}
-	if err != nil {
+	r, err := f.read(off, n)
+	switch {
+	case err != nil:
 		said = status(err)
 		d.fault(f.name, off, err)
 		return nil, said
+	case r == nil:
+		return nil, fuse.EIO
 	}
 	return r, fuse.OK
+}
+
+// read gives what is asked for, or nothing where the kernel is to ask again.
+func (f *dataFile) read(off, n int64) (fuse.ReadResult, error) {
+	first, ok := f.Data.(firstHolder)
+	if !ok || f.direct.Load() || f.wasRefused(off, n) || n <= index.BlockSize {
+		return hold(f.Data, off, n)
+	}
+	if all, err := first.HoldFirst(off, n); err != nil {
+		return nil, err
+	} else if !all {
+		f.refuse(off, n)
+		return nil, nil
+	}
+	return send(f.Data, off, n)
+}
+
+// firstHolder is Data that knows what is worth reading ahead.
+type firstHolder interface {
+	HoldFirst(off, n int64) (all bool, err error)
+}
+
+// refuse has reads that begin in a range answered from now on: a reader whose second
+// request fails is told so.
+func (f *dataFile) refuse(off, n int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.refused == nil {
+		f.refused = make([]uint64, (f.Size()/index.BlockSize+64)/64)
+	}
+	for b := off / index.BlockSize; b*index.BlockSize < off+n; b++ {
+		f.refused[b/64] |= 1 << (b % 64)
+	}
+}
+
+// wasRefused reports whether a range begins where another was refused, and forgets
+// that one as far as they are the same.
+func (f *dataFile) wasRefused(off, n int64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b := off / index.BlockSize
+	if f.refused == nil || f.refused[b/64]&(1<<(b%64)) == 0 {
+		return false
+	}
+	for ; b*index.BlockSize < off+n; b++ {
+		f.refused[b/64] &^= 1 << (b % 64)
+	}
+	return true
 }
 
 func (d *DataFiles) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {

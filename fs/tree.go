@@ -200,8 +200,8 @@ func (t *Tree) Local(node uint64) bool {
 	if err != nil {
 		return true // so is the error
 	}
-	device, _, _, err := t.im.Extent(&in)
-	return err != nil || allHere(t.layers[device])
+	device, _, has, err := t.im.Extent(&in)
+	return err != nil || !has || allHere(t.layers[device])
 }
 
 func (t *Tree) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (_ uint32, st fuse.Status) {

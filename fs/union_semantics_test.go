@@ -241,6 +241,11 @@ func TestUnionHold(t *testing.T) {
 			t.Fatalf("the child says %q, %v", buf[:n], err)
 		}
 	}
+	// Who makes a name holds the directory meanwhile: names in it that the kernel does
+	// not know yet would wait for him.
+	if _, err := os.Stat(filepath.Join(u.Dir, "a/0")); err != nil {
+		t.Fatal(err)
+	}
 	ask("held <nil>\n")
 	done := make(chan error, 1)
 	go func() { done <- os.WriteFile(filepath.Join(u.Dir, "new"), nil, 0o644) }()
