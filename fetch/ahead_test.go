@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -25,20 +25,6 @@ func (m *machine) openAhead(t testing.TB, l *layer, o Origin) *Handle {
 	return h
 }
 
-// calm waits until nothing of a layer is on its way.
-func calm(t testing.TB, h *Handle) {
-	t.Helper()
-	for range 3 { // what was asked for may have to begin first
-		for busy := true; busy; time.Sleep(time.Millisecond) {
-			h.mu.Lock()
-			busy = len(h.flights) > 0
-			h.mu.Unlock()
-			busy = busy || h.f.schedule.waiting(ReadAhead) > 0 || h.f.schedule.urgentNow()
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-}
-
 // TestMissBringsNeighbours reads one file in the middle: what lies around it comes
 // too, counts as not read, and is not asked for when it is read.
 func TestMissBringsNeighbours(t *testing.T) {
@@ -51,7 +37,7 @@ func TestMissBringsNeighbours(t *testing.T) {
 	if err := h.Ensure(w.Off, w.N); err != nil {
 		t.Fatal(err)
 	}
-	calm(t, h)
+	calm(t)
 	n := total(t, s.ranges())
 	if full := m.schedule.full(); n < full/2 || n > 2*full+20_000 {
 		t.Errorf("%d bytes came, of a link of %d", n, full)
@@ -89,7 +75,7 @@ func TestNothingAhead(t *testing.T) {
 		f := h.frames.Frame(h.frames.FrameOf(i))
 		exact += f.Length
 	}
-	calm(t, h)
+	calm(t)
 	if n := total(t, s.ranges()); n != exact || len(s.ranges()) != 99 || h.Unread() != 0 {
 		t.Errorf("%d bytes in %d requests, want %d in 99; %d unread", n, len(s.ranges()), exact, h.Unread())
 	}
@@ -105,13 +91,13 @@ func TestKnownStart(t *testing.T) {
 	h.Known(true)
 	s.Reset()
 	checkFile(t, h, find(t, l, "f050"))
-	calm(t, h)
+	calm(t)
 	if h.Unread() != 0 || len(s.ranges()) != 1 {
 		t.Errorf("%d bytes came besides: %v", h.Unread(), s.ranges())
 	}
 	h.Known(false)
 	checkFile(t, h, find(t, l, "f020"))
-	calm(t, h)
+	calm(t)
 	if h.Unread() == 0 {
 		t.Error("nothing comes besides when the start is over")
 	}
@@ -123,7 +109,7 @@ func TestKnownStart(t *testing.T) {
 			t.Errorf("%d bytes came besides after %d misses", h.Unread(), i)
 		}
 		checkFile(t, h, find(t, l, fmt.Sprintf("f%03d", 15+20*i)))
-		calm(t, h)
+		calm(t)
 	}
 	if h.Unread() == 0 {
 		t.Error("nothing comes besides a start that is another")
@@ -138,50 +124,75 @@ func TestSequentialReader(t *testing.T) {
 	s := serve(t, l)
 	m := on(t, t.TempDir(), quick)
 	h := m.openAhead(t, l, s.origin(l))
-	s.Reset()
-	var mu sync.Mutex
-	now, most := 0, 0
-	s.SetFault(func(r *http.Request) *link.Fault {
-		mu.Lock()
-		now++
-		most = max(most, now)
-		mu.Unlock()
-		time.Sleep(20 * time.Millisecond)
-		mu.Lock()
-		now--
-		mu.Unlock()
-		return nil
-	})
+	const read, half = 128 << 10, 8 << 20
 	e := entry(t, h, "large")
-	const half = 8 << 20
-	for off := int64(0); off < half; off += 128 << 10 {
-		if err := h.Ensure(e.Data+off, 128<<10); err != nil {
-			t.Fatal(err)
-		}
-	}
-	calm(t, h)
-	if most < 2 {
-		t.Error("never were two requests on the wire")
-	}
-	rs := s.ranges()
-	if len(rs) > 30 {
-		t.Errorf("%d requests for 128 reads", len(rs))
-	}
-	seen := map[int64]bool{}
-	for _, r := range rs {
-		from, end := bounds(t, r)
-		for at := from; at < end; at++ {
-			if at%4096 == 0 {
+	once := func() {
+		t.Helper()
+		seen := map[int64]bool{}
+		for _, r := range s.ranges() {
+			from, end := bounds(t, r)
+			for at := (from + 4095) / 4096 * 4096; at < end; at += 4096 {
 				if seen[at] {
-					t.Fatalf("byte %d came twice: %v", at, rs)
+					t.Fatalf("byte %d came twice: %v", at, s.ranges())
 				}
 				seen[at] = true
 			}
 		}
 	}
+
+	// The read that shows that they are in sequence asks for its own and has more asked
+	// for ahead of it: its answer waits for that request. All others go on when nothing
+	// is on its way, on a link of which nothing is known.
+	s.Reset()
+	var third atomic.Bool
+	var asked atomic.Int64 // during it
+	both := make(chan struct{})
+	s.SetFault(func(*http.Request) *link.Fault {
+		if !third.Load() {
+			return nil
+		}
+		if asked.Add(1) == 2 {
+			close(both)
+		}
+		select {
+		case <-both:
+			if len(running()) == 0 {
+				t.Error("nobody is seen to bring what comes ahead")
+			}
+		case <-time.After(time.Minute):
+			t.Error("never were two requests on the wire")
+		}
+		return nil
+	})
+	for off := int64(0); off < half; off += read {
+		m.schedule.mu.Lock()
+		m.schedule.wire = wire{}
+		m.schedule.mu.Unlock()
+		third.Store(off == (steps-1)*read)
+		if err := h.Ensure(e.Data+off, read); err != nil {
+			t.Fatal(err)
+		}
+		calm(t)
+	}
+	if n := len(s.ranges()); n > 30 {
+		t.Errorf("%d requests for %d reads", n, half/read)
+	}
+	once()
 	if m.count(t, "fetch_requests_total", "readahead") == 0 {
 		t.Error("nothing was asked for as read-ahead")
 	}
+
+	// Beside what comes ahead of it, however far that is.
+	dropAll(t, h)
+	s.Reset()
+	s.SetFault(func(*http.Request) *link.Fault { time.Sleep(20 * time.Millisecond); return nil })
+	for off := int64(0); off < half; off += read {
+		if err := h.Ensure(e.Data+off, read); err != nil {
+			t.Fatal(err)
+		}
+	}
+	calm(t)
+	once()
 	checkFile(t, h, find(t, l, "large"))
 }
 
@@ -195,7 +206,7 @@ func TestMostOfALayer(t *testing.T) {
 	for _, i := range order[:90] {
 		checkFile(t, h, find(t, l, fmt.Sprintf("f%03d", i)))
 	}
-	calm(t, h)
+	calm(t)
 	if !h.Whole() {
 		t.Errorf("%d frames are missing", h.data.Missing())
 	}

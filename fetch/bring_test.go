@@ -170,9 +170,12 @@ func TestReaderBesideAFill(t *testing.T) {
 	m := on(t, t.TempDir(), quick)
 	h, o := m.open(t, l, s.origin(l)), m.open(t, other, s.origin(other))
 	s.Reset()
-	m.schedule.mu.Lock()
-	m.schedule.reader = time.Now().Add(time.Hour) // somebody reads
-	m.schedule.mu.Unlock()
+	reads := func() {
+		m.schedule.mu.Lock()
+		defer m.schedule.mu.Unlock()
+		m.schedule.reader = time.Now().Add(time.Hour)
+	}
+	reads()
 	hold := make(chan struct{})
 	begun := make(chan struct{}, 100)
 	s.SetFault(func(r *http.Request) *link.Fault {
@@ -189,6 +192,8 @@ func TestReaderBesideAFill(t *testing.T) {
 		if err := o.Ensure(0, o.Size()); err != nil {
 			t.Fatal(err)
 		}
+		idle(t, m) // a request that ends says when somebody read
+		reads()
 		if n := len(begun); n != 0 {
 			t.Errorf("%d more requests of the fill are on the wire beside a reader", n)
 		}
@@ -261,8 +266,9 @@ func (s *schedule) urgentNow() bool {
 func TestLinkDiesInABurst(t *testing.T) {
 	l := makeLayer(t, forms.EStargz, small(50, 20_000, 1))
 	s := serve(t, l)
-	m := on(t, t.TempDir(), hasty)
+	m := on(t, t.TempDir(), quick)
 	h := m.open(t, l, s.origin(l))
+	m.patience = hasty
 	s.Reset()
 	var dead atomic.Bool
 	dead.Store(true)
@@ -274,9 +280,13 @@ func TestLinkDiesInABurst(t *testing.T) {
 		}
 		return nil
 	})
-	burst := make(chan error)
+	burst := make(chan error, 1)
 	go func() { burst <- m.Bring(context.Background(), everything(h), Bringing{Class: Profile}) }()
-	<-begun
+	select {
+	case <-begun:
+	case err := <-burst: // it gave up before the registry heard of it
+		burst <- err
+	}
 	read := make(chan error)
 	go func() { read <- h.Ensure(0, 1) }() // waits for the burst's
 	if err := <-burst; !errors.Is(err, ErrUnavailable) {
@@ -287,6 +297,7 @@ func TestLinkDiesInABurst(t *testing.T) {
 		t.Errorf("a reader beside it says %v", err)
 	}
 	forgive(h)
+	m.patience = quick
 	checkAll(t, h, l)
 	if err := m.Bring(t.Context(), everything(h), Bringing{Class: Profile}); err != nil {
 		t.Error(err)

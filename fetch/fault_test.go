@@ -70,7 +70,7 @@ func TestFaults(t *testing.T) {
 			if p == (Patience{}) {
 				p = quick
 			}
-			m := on(t, t.TempDir(), p)
+			m := on(t, t.TempDir(), quick)
 			s2 := serve(t, l) // opened without faults
 			m.open(t, l, s2.origin(l)).Close()
 			h := m.open(t, l, s.origin(l))
@@ -79,6 +79,7 @@ func TestFaults(t *testing.T) {
 				s.always(*test.always)
 			}
 			before := h.data.Missing()
+			m.patience = p
 			got, err := content(h, entry(t, h, "big"))
 			if test.want == nil {
 				if err != nil || !cmp.Equal(got, find(t, l, "big").data) {
@@ -105,8 +106,8 @@ func TestFaults(t *testing.T) {
 			}
 			// When the fault is gone, all can be read again, though not at once.
 			s.SetFault(nil)
-			m.patience = quick
 			forgive(h)
+			m.patience = quick
 			checkAll(t, h, l)
 		})
 	}

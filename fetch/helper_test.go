@@ -218,9 +218,20 @@ func (s *site) always(f link.Fault) {
 // quick never ends a wait in a test that does not want it to.
 var quick = Patience{Stall: time.Minute, Total: 5 * time.Minute, Base: time.Microsecond}
 
-// hasty gives up where a test has nothing else to show. Only an attempt that
-// gives nothing is cut short by it.
+// hasty gives up where a test has nothing else to show. A busy machine may take
+// longer for what succeeds: only a step that is to fail has it.
 var hasty = Patience{Stall: 50 * time.Millisecond, Total: 200 * time.Millisecond, Base: time.Microsecond}
+
+// soon waits until something is so, which may take a busy machine its time, and
+// reports whether it ever was.
+func soon(is func() bool) bool {
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
 
 type machine struct {
 	*Fetcher

@@ -187,7 +187,7 @@ func TestSilentRegistryHoldsNoMemory(t *testing.T) {
 func TestAllIsTriedAgain(t *testing.T) {
 	l := makeLayer(t, forms.EStargz, small(20, 20_000, 1))
 	s := serve(t, l)
-	m := on(t, t.TempDir(), hasty)
+	m := on(t, t.TempDir(), quick) // a refusal needs no patience
 	h := m.open(t, l, s.origin(l))
 	h.ahead.all = true
 	s.always(link.Fault{Status: http.StatusNotFound})

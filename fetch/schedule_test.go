@@ -53,6 +53,7 @@ func testSchedule(c Config) *schedule { return newSchedule(c, newBudget(0)) }
 // TestMostUrgentGoesFirst has requests of all classes wait for a full link.
 func TestMostUrgentGoesFirst(t *testing.T) {
 	s := testSchedule(Config{})
+	s.filled = time.Now().Add(time.Hour) // however long it takes, the background waits its turn
 	full, err := s.begin(t.Context(), ReadAhead, leastWindow, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
@@ -62,13 +61,7 @@ func newAheadTest(t *testing.T, files []lowerFile, far, whole bool) *aheadTest {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for range 50 {
-			if err = served.Unmount(false); !errors.Is(err, ErrBusy) {
-				break
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
-		if err != nil {
+		if err := unbusy(ErrBusy, func() error { return served.Unmount(false) }); err != nil {
 			t.Error(err, served.Unmount(true))
 			return
 		}

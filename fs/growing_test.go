@@ -106,18 +106,21 @@ func newGrowingTest(t *testing.T, layers int) *growingTest {
 		for _, d := range m.layers {
 			d.pass(t, "", errors.New("the test is over"))
 		}
-		var err error
-		for range 50 {
-			if err = served.Unmount(false); !errors.Is(err, ErrBusy) {
-				break
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
-		if err != nil {
+		if err := unbusy(ErrBusy, func() error { return served.Unmount(false) }); err != nil {
 			t.Error(err, served.Unmount(true))
 		}
 	})
 	return m
+}
+
+// unbusy unmounts, and tries for a minute while the mount is busy: RELEASE is
+// asynchronous.
+func unbusy(busy error, unmount func() error) error {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if err := unmount(); !errors.Is(err, busy) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 func (m *growingTest) add(layer int, es ...index.Entry) {
@@ -359,7 +362,7 @@ func waits(t *testing.T, cmd *exec.Cmd, what any) {
 	select {
 	case err := <-done:
 		t.Logf("%v: %v after %v", what, err, time.Since(start).Round(time.Millisecond))
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		t.Errorf("%v does not end a program that waits", what)
 	}
 }

@@ -252,14 +252,7 @@ func (u *unionTest) mount(t testing.TB, uid uint32) (unmount func()) {
 			return
 		}
 		done = true
-		var err error
-		for range 50 {
-			if err = unix.Unmount(u.Dir, 0); err != unix.EBUSY {
-				break
-			}
-			time.Sleep(20 * time.Millisecond) // RELEASE is asynchronous
-		}
-		if err != nil {
+		if err := unbusy(unix.EBUSY, func() error { return unix.Unmount(u.Dir, 0) }); err != nil {
 			t.Errorf("unmount: %v", err)
 			unix.Unmount(u.Dir, unix.MNT_DETACH)
 			cmd.Process.Kill()

@@ -386,7 +386,7 @@ func TestConvertInterrupted(t *testing.T) {
 				h.ok("umount", "w")
 			}
 			line.SetProfile(link.None)
-			deadline := time.Now().Add(10 * time.Second)
+			deadline := time.Now().Add(time.Minute)
 			for h.store() != before && time.Now().Before(deadline) {
 				time.Sleep(10 * time.Millisecond)
 			}

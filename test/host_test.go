@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/varvefs/varve/daemon"
 )
@@ -69,6 +71,26 @@ func (h *host) logText() string {
 	b, err := os.ReadFile(h.log())
 	must(h.t, err)
 	return string(b)
+}
+
+// logged waits until the daemon has logged what fits, which it may do after it has
+// answered, and gives the lines that do.
+func (h *host) logged(fits string) (lines []string) {
+	h.t.Helper()
+	re := regexp.MustCompile(fits)
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		for line := range strings.Lines(h.logText()) {
+			if strings.HasSuffix(line, "\n") && re.MatchString(line) {
+				lines = append(lines, line)
+			}
+		}
+		if len(lines) > 0 {
+			return lines
+		}
+		if time.Now().After(end) {
+			h.t.Fatalf("the log says nothing of %s", fits)
+		}
+	}
 }
 
 // mounts gives the lines of mountinfo for what lies below the root.

@@ -27,7 +27,7 @@ func TestStoreDrop(t *testing.T) {
 			ref := r.push("drop/image:1", img)
 			digests, sizes := blobs(t, img)
 			h := newHost(t)
-			dir := h.ok("mount", "--wait", "--face", "fuse", ref)
+			dir := h.ok("mount", "--wait", "--prefetch", "none", "--face", "fuse", ref)
 			check := func(dir string) {
 				t.Helper()
 				for _, name := range names {
@@ -51,6 +51,7 @@ func TestStoreDrop(t *testing.T) {
 			if n := used(); n < 40*size {
 				t.Errorf("%d bytes are used before", n)
 			}
+			r.settled()
 			r.requests(img)
 			if out := h.ok("store", "drop", ref); !strings.HasPrefix(out, digests[0]+": ") || strings.Contains(out, "kept") {
 				t.Errorf("store drop: %s", out)

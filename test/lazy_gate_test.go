@@ -26,7 +26,8 @@ type gate struct {
 	mu     sync.Mutex // guards what follows
 	change *sync.Cond
 	limit  map[string]int64 // by digest, the bytes from a blob's start that may pass
-	passed map[string]int64 // by digest, the bytes that did, each as often as it did
+	passed map[string]int64 // by digest, the bytes that do, each as often as it does
+	sent   map[string]int64 // by digest, those of them that were handed on
 	spoilt map[string]int64 // by digest, the byte that is inverted, counted from 1
 }
 
@@ -36,7 +37,7 @@ const all = -1
 // gated puts a gate before a registry, whose references then begin with its addr.
 func gated(t *testing.T, r *registry) *gate {
 	t.Helper()
-	g := &gate{limit: map[string]int64{}, passed: map[string]int64{}, spoilt: map[string]int64{}}
+	g := &gate{limit: map[string]int64{}, passed: map[string]int64{}, sent: map[string]int64{}, spoilt: map[string]int64{}}
 	g.change = sync.NewCond(&g.mu)
 	g.proxy = &httputil.ReverseProxy{
 		Rewrite: func(p *httputil.ProxyRequest) {
@@ -80,12 +81,12 @@ func (g *gate) spoil(digest string, at int64) {
 func (g *gate) reached(digest string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for g.passed[digest] < g.limit[digest] {
+	for g.sent[digest] < g.limit[digest] {
 		g.change.Wait()
 	}
 }
 
-// bytes gives how many bytes of a blob have passed.
+// bytes gives how many bytes of a blob have passed. Who has got one finds it counted.
 func (g *gate) bytes(digest string) int64 {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -123,23 +124,24 @@ func (a *gatedAnswer) WriteHeader(status int) {
 
 func (a *gatedAnswer) Write(p []byte) (sent int, err error) {
 	for len(p) > 0 && err == nil {
-		var n int
-		if n, err = a.may(len(p)); err == nil {
-			n, err = a.ResponseWriter.Write(a.spoil(p[:n]))
+		var n, may int
+		if may, err = a.may(len(p)); err == nil {
+			n, err = a.ResponseWriter.Write(a.spoil(p[:may]))
 		}
 		if err == nil {
 			err = http.NewResponseController(a.ResponseWriter).Flush()
 		}
-		a.went(n)
+		a.went(n, may)
 		sent, p = sent+n, p[n:]
 	}
 	return sent, err
 }
 
-// may waits until at least a byte may pass.
-func (a *gatedAnswer) may(n int) (int, error) {
+// may waits until at least a byte may pass, and counts those that may.
+func (a *gatedAnswer) may(n int) (may int, err error) {
 	a.g.mu.Lock()
 	defer a.g.mu.Unlock()
+	defer func() { a.g.passed[a.digest] += int64(may) }()
 	for {
 		limit, ok := a.g.limit[a.digest]
 		switch {
@@ -164,11 +166,13 @@ func (a *gatedAnswer) spoil(p []byte) []byte {
 	return p
 }
 
-func (a *gatedAnswer) went(n int) {
+// went says how many bytes were handed on of those that were counted.
+func (a *gatedAnswer) went(n, counted int) {
 	a.g.mu.Lock()
 	defer a.g.mu.Unlock()
 	a.off += int64(n)
-	a.g.passed[a.digest] += int64(n)
+	a.g.passed[a.digest] += int64(n - counted)
+	a.g.sent[a.digest] += int64(n)
 	a.g.change.Broadcast()
 }
 

@@ -152,9 +152,10 @@ func TestOffline(t *testing.T) {
 			if line := h.fails(3, "mount", "--offline", ref); !strings.Contains(line, "No such image") {
 				t.Errorf("unknown image: %s", line)
 			}
-			dir := h.ok("mount", "--face", face, ref)
+			dir := h.ok("mount", "--prefetch", "none", "--face", face, ref)
 			helper(t, "sum", filepath.Join(dir, names[0]))
 			h.ok("umount", dir)
+			r.settled()
 			r.requests(img)
 
 			dir = h.ok("mount", "--offline", "--face", face, ref)

@@ -494,18 +494,18 @@ func TestProfileGrowing(t *testing.T) {
 	needRoot(t)
 	for _, face := range faces {
 		p := newProfiled(t, forms.Gzip)
-		digests, _ := blobs(t, p.img)
-		p.rec.SetFault(func(q *http.Request) *link.Fault {
-			if strings.HasSuffix(q.URL.Path, digests[0]) {
-				return &link.Fault{Delay: time.Second}
-			}
-			return nil
-		})
+		digests, sizes := blobs(t, p.img)
+		g := gated(t, p.registry)
+		p.ref = g.addr + "/" + profiledRepo + ":1"
+		g.let(digests[0], 0)
 		h := newHost(t)
 		dir := h.ok("mount", "--face", face, p.ref)
 		if m := h.inspect(dir); m.State != "reading" || !m.Recording {
 			t.Errorf("inspect: %+v", m)
 		}
+		g.let(digests[0], sizes[0]/2) // the first file, and not enough for the kernel face
+		helper(t, "sum", filepath.Join(dir, p.reads[0]))
+		g.let(digests[0], all)
 		p.start(dir)
 		h.until(dir, func(m daemon.Mount) bool { return m.State == "mounted" })
 		h.ok("umount", dir)
@@ -519,7 +519,6 @@ func TestProfileGrowing(t *testing.T) {
 		if len(got) == 0 || face == "fuse" && len(got) != len(p.reads) {
 			t.Errorf("%s: profile show: %+v", face, got)
 		}
-		p.rec.SetFault(nil)
 		p.reads = p.reads[:len(got)]
 		h.ok("index", "--push", p.ref)
 		h.ok("profile", "push", p.ref)

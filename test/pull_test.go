@@ -247,7 +247,7 @@ func (x *resumable) half(h *host, before int64) (pull *running) {
 	h.t.Helper()
 	x.let(x.digest, x.size/2)
 	pull = start(h, "pull", "--full", x.ref)
-	for end := time.Now().Add(30 * time.Second); x.bytes(x.digest)-before < x.size/2-200_000; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); x.bytes(x.digest)-before < x.size/2-200_000; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			h.t.Fatalf("%d bytes of %d have come", x.bytes(x.digest)-before, x.size)
 		}

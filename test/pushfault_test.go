@@ -54,7 +54,7 @@ func pushInterrupted(t *testing.T, d *distribution, how string, keeps bool) {
 	ref := d.ref("team/app:1")
 	digest := h.commit("x", ref)
 
-	d.link.SetProfile(link.Profile{Rate: 20 << 20})
+	d.link.SetProfile(link.Profile{Rate: 4 << 20}) // half of it takes seconds
 	start := d.link.Counters()
 	up := func() int64 { return d.link.Counters().Sub(start).Up }
 	pid := h.pid()
@@ -71,6 +71,7 @@ func pushInterrupted(t *testing.T, d *distribution, how string, keeps bool) {
 	}
 	d.link.Cut(link.Reset)
 	broken := up()
+	d.link.SetProfile(link.None)
 	if how == "line" {
 		time.Sleep(50 * time.Millisecond) // so that somebody runs into it
 		d.link.Restore()
@@ -99,7 +100,6 @@ func pushInterrupted(t *testing.T, d *distribution, how string, keeps bool) {
 	if n := up(); n > int64(most) {
 		t.Errorf("%d bytes were sent for %d, %d before it broke", n, first+second, broken)
 	}
-	d.link.SetProfile(link.None)
 	if got := mustGet[v1.Hash](t)(d.remote(t, "team/app:1").Digest()).String(); got != digest {
 		t.Errorf("the registry has %s, want %s", got, digest)
 	}

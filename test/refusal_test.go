@@ -50,7 +50,7 @@ func unchanged(t *testing.T, h *host) {
 	for _, dir := range []string{"run/mnt", "state/mounts", "cache/tmp"} {
 		left, err := os.ReadDir(filepath.Join(h.root, dir))
 		// A layer that was being read goes when its connection has ended.
-		for end := time.Now().Add(10 * time.Second); len(left) > 0 && dir == "cache/tmp" && time.Now().Before(end); {
+		for end := time.Now().Add(time.Minute); len(left) > 0 && dir == "cache/tmp" && time.Now().Before(end); {
 			time.Sleep(10 * time.Millisecond)
 			left, err = os.ReadDir(filepath.Join(h.root, dir))
 		}

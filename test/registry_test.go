@@ -85,7 +85,7 @@ func (r *registry) requests(img v1.Image) (asked map[string]int, ranges []link.R
 // with what was asked for may come after it.
 func (r *registry) settled() {
 	r.t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if !slices.ContainsFunc(r.rec.Requests(), func(q link.Request) bool { return !q.Done }) {
 			return
 		}

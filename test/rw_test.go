@@ -330,7 +330,7 @@ func noSpace(t *testing.T, overlay string) {
 	kept()
 	must(t, os.Remove(filepath.Join(dir, "d/fill")))
 	// The daemon hears a moment later that nobody has the file any more.
-	for until := time.Now().Add(10 * time.Second); time.Now().Before(until); time.Sleep(time.Millisecond) {
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(time.Millisecond) {
 		var st unix.Statfs_t
 		must(t, unix.Statfs(disk, &st))
 		if st.Bavail*uint64(st.Bsize) > 2<<20 {

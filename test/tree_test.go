@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -174,3 +175,30 @@ func sameTree(t *testing.T, want, got tree) {
 }
 
 func sumOf(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
+
+// namesIn lists a directory.
+func namesIn(t *testing.T, dir string) string {
+	t.Helper()
+	es, err := os.ReadDir(dir)
+	must(t, err)
+	var out []string
+	for _, e := range es {
+		out = append(out, e.Name())
+	}
+	return strings.Join(out, " ")
+}
+
+// lists waits until a directory of which something still passes has these names.
+func lists(t *testing.T, dir, want string) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		got := namesIn(t, dir)
+		if got == want {
+			return
+		}
+		if time.Now().After(end) {
+			t.Errorf("names that have passed: %s, want %s", got, want)
+			return
+		}
+	}
+}
