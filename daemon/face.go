@@ -336,8 +336,10 @@ type probeData struct {
 	size int64
 }
 
-func (p *probeData) Hold(int64, int64) error              { return nil }
-func (p *probeData) HoldFirst(int64, int64) (bool, error) { return false, nil }
-func (p *probeData) Release()                             {}
-func (p *probeData) Fd() int                              { return int(p.file.Fd()) }
-func (p *probeData) Size() int64                          { return p.size }
+func (p *probeData) Hold(int64, int64) error { return nil }
+func (p *probeData) HoldFirst(_, _ int64, wanted bool) (bool, error) {
+	return wanted, nil
+}
+func (p *probeData) Release()    {}
+func (p *probeData) Fd() int     { return int(p.file.Fd()) }
+func (p *probeData) Size() int64 { return p.size }

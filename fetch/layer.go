@@ -48,6 +48,7 @@ type Layer struct {
 	points  *index.Points // nil where no frame needs one
 	byFrame bool          // see About
 	ahead   ahead         // what is fetched besides what is asked for
+	windows windows       // that a kernel asked for
 	hollows int           // frames without contents, of a layer that is not proven
 	maps    [][]byte      // the mappings that frames and points read from
 	data    *store.Data

@@ -173,10 +173,11 @@ func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.Re
 // read gives what is asked for, or nothing where the kernel is to ask again.
 func (f *dataFile) read(off, n int64) (fuse.ReadResult, error) {
 	first, ok := f.Data.(firstHolder)
-	if !ok || f.direct.Load() || f.wasRefused(off, n) || n <= index.BlockSize {
+	if !ok || f.direct.Load() {
 		return hold(f.Data, off, n)
 	}
-	if all, err := first.HoldFirst(off, n); err != nil {
+	wanted := f.wasRefused(off, n) || n <= index.BlockSize
+	if all, err := first.HoldFirst(off, n, wanted); err != nil {
 		return nil, err
 	} else if !all {
 		f.refuse(off, n)
@@ -187,7 +188,7 @@ func (f *dataFile) read(off, n int64) (fuse.ReadResult, error) {
 
 // firstHolder is Data that knows what is worth reading ahead.
 type firstHolder interface {
-	HoldFirst(off, n int64) (all bool, err error)
+	HoldFirst(off, n int64, wanted bool) (all bool, err error)
 }
 
 // refuse has reads that begin in a range answered from now on: a reader whose second

@@ -66,3 +66,33 @@ func TestNeighbours(t *testing.T) {
 		})
 	}
 }
+
+// TestNeighbourOfALongFile reads a file to its end, where the kernel reads ahead from
+// the next one's first byte on.
+func TestNeighbourOfALongFile(t *testing.T) {
+	needRoot(t)
+	for _, face := range faces {
+		t.Run(face, func(t *testing.T) {
+			const size = 4<<16 - 100 // the next file begins where windows of 64 KiB end
+			l, names := small(t, 4, size)
+			r := newRegistry(t)
+			img := build(t, forms.EStargz, l)
+			ref := r.push("team/long:1", img)
+			h := newHost(t)
+			dir := h.ok("mount", "--prefetch", "none", "--face", face, ref)
+			r.settled()
+			r.requests(img)
+			if got := helper(t, "sum", filepath.Join(dir, names[1])); got != sumOf(content(names[1], size)) {
+				t.Errorf("%s has digest %s", names[1], got)
+			}
+			r.settled()
+			if asked, ranges := r.requests(img); asked["blob"] != 1 {
+				t.Errorf("%d requests for one file: %v", asked["blob"], ranges)
+			}
+			h.ok("umount", dir)
+			if got := h.shown(ref).Files; len(got) != 1 || got[0].Path != "/"+names[1] || got[0].Bytes != size {
+				t.Errorf("profile show: %+v", got)
+			}
+		})
+	}
+}
