@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -143,7 +144,7 @@ func (d *DataFiles) ReadDirPlus(_ <-chan struct{}, h *fuse.ReadIn, out *fuse.Dir
 
 // Read answers from the data file. The kernel reads ahead past the end of the file
 // that somebody reads, into those that are its neighbours in the layer: where they are
-// not here, a read of several blocks is refused. What did not come so the kernel asks
+// not here, a read of several pages is refused. What did not come so the kernel asks
 // for once more, a page or a folio at a time, where it is wanted (filemap_update_page in
 // mm/filemap.c).
 func (d *DataFiles) Read(_ <-chan struct{}, h *fuse.ReadIn, _ []byte) (_ fuse.ReadResult, st fuse.Status) {
@@ -176,7 +177,7 @@ func (f *dataFile) read(off, n int64) (fuse.ReadResult, error) {
 	if !ok || f.direct.Load() {
 		return hold(f.Data, off, n)
 	}
-	wanted := f.wasRefused(off, n) || n <= index.BlockSize
+	wanted := f.wasRefused(off, n) || n <= int64(os.Getpagesize())
 	if all, err := first.HoldFirst(off, n, wanted); err != nil {
 		return nil, err
 	} else if !all {
