@@ -22,17 +22,24 @@ func asking(s *site) (asked chan struct{}) {
 	return asked
 }
 
-// TestReaderHurriesALimit reads what a limit lets through a byte a second.
-func TestReaderHurriesALimit(t *testing.T) {
-	l := makeLayer(t, forms.EStargz, small(20, 20_000, 1))
+// crawling has all of a layer brought as slowly as may be; slow says how that ended.
+func crawling(t *testing.T) (m *machine, h *Handle, l *layer, slow <-chan error) {
+	t.Helper()
+	l = makeLayer(t, forms.EStargz, small(20, 20_000, 1))
 	s := serve(t, l)
-	m := on(t, t.TempDir(), quick)
-	h := m.open(t, l, s.origin(l))
-	asked, slow := asking(s), make(chan error)
+	m = on(t, t.TempDir(), quick)
+	h = m.open(t, l, s.origin(l))
+	asked, ended := asking(s), make(chan error, 1)
 	go func() {
-		slow <- m.Bring(context.Background(), everything(h), Bringing{Class: Profile, Rate: crawl})
+		ended <- m.Bring(context.Background(), everything(h), Bringing{Class: Profile, Rate: crawl})
 	}()
 	<-asked
+	return m, h, l, ended
+}
+
+// TestReaderHurriesALimit reads what a limit lets through a byte a second.
+func TestReaderHurriesALimit(t *testing.T) {
+	_, h, l, slow := crawling(t)
 	checkAll(t, h, l)
 	if err := <-slow; err != nil {
 		t.Error(err)
@@ -41,15 +48,7 @@ func TestReaderHurriesALimit(t *testing.T) {
 
 // TestFasterJoinsALimit has the same brought with a limit and without.
 func TestFasterJoinsALimit(t *testing.T) {
-	l := makeLayer(t, forms.EStargz, small(20, 20_000, 1))
-	s := serve(t, l)
-	m := on(t, t.TempDir(), quick)
-	h := m.open(t, l, s.origin(l))
-	asked, slow := asking(s), make(chan error)
-	go func() {
-		slow <- m.Bring(context.Background(), everything(h), Bringing{Class: Profile, Rate: crawl})
-	}()
-	<-asked
+	m, h, _, slow := crawling(t)
 	if err := m.Bring(t.Context(), everything(h), Bringing{Class: Profile}); err != nil || !h.Whole() {
 		t.Errorf("%v, whole: %v", err, h.Whole())
 	}
