@@ -72,6 +72,7 @@ type ImageOptions struct {
 	Offline  bool       `json:"offline,omitempty"`  // never ask the network, for bytes neither
 	Insecure bool       `json:"insecure,omitempty"` // plain HTTP and unverified TLS allowed
 	Index    string     `json:"index,omitempty"`    // what layers are read by: auto (default), none, require
+	Layers   int        `json:"layers,omitempty"`   // how many of them, from the lowest up; 0 is all
 	Auth     image.Auth `json:"auth"`               // where credentials are, never what they are
 	// AuthConfig is the caller's DOCKER_AUTH_CONFIG. It crosses the socket and is
 	// never stored: after a restart the mount has what Auth names.
@@ -93,6 +94,8 @@ type MountOptions struct {
 	RW      bool   `json:"rw,omitempty"`      // changes go to an upper and stay there
 	Upper   string `json:"upper,omitempty"`   // its directory, absolute; "" for one in the state directory
 	Overlay string `json:"overlay,omitempty"` // who writes it: auto (default), kernel, fuse
+
+	Base bool `json:"base,omitempty"` // containers lie on it, and nobody else comes there
 
 	Wait bool `json:"wait,omitempty"` // until layers that must be read whole have been
 

@@ -53,7 +53,7 @@ func (m *mount) advance() {
 	}
 	switch f := m.below().(type) {
 	case *kernelFace:
-		if !f.served || m.RW || f.stays != nil && (f.again.IsZero() || time.Now().Before(f.again)) {
+		if !f.served || m.RW || m.Base || f.stays != nil && (f.again.IsZero() || time.Now().Before(f.again)) {
 			return
 		}
 		f.stays, f.again = m.toPlain(f), time.Time{}

@@ -34,6 +34,7 @@ type Daemon struct {
 	images     *image.Store
 	fetcher    *fetch.Fetcher
 	faces      *faces
+	chains     *chains // of containerd's snapshots
 	stop       context.CancelFunc
 	life       context.Context // ends with the daemon
 
@@ -84,6 +85,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience, BackgroundRate: c.BackgroundRate, BackgroundHours: c.BackgroundHours})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
+	d.chains = &chains{d: d, open: map[string]*pulledImage{}}
 	defer d.faces.close()
 	defer d.unmountAll()
 	defer d.background.Wait()

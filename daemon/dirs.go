@@ -21,6 +21,9 @@ type Dirs struct {
 	Socket string
 }
 
+// Snapshots is the socket on which containerd finds its snapshotter.
+func (d *Dirs) Snapshots() string { return filepath.Join(d.Run, "snapshotter.sock") }
+
 // DirsFromEnv gives the directories of this user: the system's for root, those
 // of the XDG base directory specification for others. root, if not empty, puts
 // state, cache and runtime files below one directory; VARVE_ROOT is its
@@ -74,6 +77,9 @@ func (d *Dirs) SetHost(host string) error {
 // Mounts is where mounts without a directory of their own are put.
 func (d *Dirs) Mounts() string { return filepath.Join(d.Run, "mnt") }
 
+// Lowers is where the images are mounted that other mounts lie on.
+func (d *Dirs) Lowers() string { return filepath.Join(d.Run, "lower") }
+
 // make creates the directories. Only the runtime directory, which mounts are
 // reached through, may be entered by others.
 func (d *Dirs) make() error {
@@ -81,7 +87,7 @@ func (d *Dirs) make() error {
 	for _, p := range []struct {
 		path string
 		mode os.FileMode
-	}{{d.State, 0o700}, {filepath.Join(d.State, "mounts"), 0o700}, {d.Cache, 0o700}, {filepath.Join(d.Cache, "index"), 0o700}, {d.Run, 0o755}, {d.Mounts(), 0o755}, {filepath.Dir(d.Socket), 0o755}} {
+	}{{d.State, 0o700}, {filepath.Join(d.State, "mounts"), 0o700}, {d.Cache, 0o700}, {filepath.Join(d.Cache, "index"), 0o700}, {d.Run, 0o755}, {d.Mounts(), 0o755}, {d.Lowers(), 0o700}, {filepath.Dir(d.Socket), 0o755}} {
 		if err := os.MkdirAll(p.path, p.mode); err != nil {
 			errs = append(errs, fmt.Errorf("make %s: %w", p.path, err))
 		}

@@ -248,6 +248,17 @@ func (f *faces) forget(key string, data fs.Data) {
 	}
 }
 
+// gone takes the data file of a layer away that was removed.
+func (f *faces) gone(key string) {
+	f.mu.Lock()
+	delete(f.plain, key)
+	files := f.data
+	f.mu.Unlock()
+	if files != nil {
+		files.Remove(dataName(key))
+	}
+}
+
 func (f *faces) close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -61,7 +61,7 @@ func (f *faces) union(m *mount, writer, kind string, t *tree, up *upper.Dir) (fa
 // lower gives the shared face of t, mounted where only the daemon's user comes.
 func (f *faces) lower(t *tree, kind string) (*lower, error) {
 	sum := sha256.Sum256([]byte(kind + " " + t.index.path))
-	dir := filepath.Join(f.d.dirs.Run, "lower", fmt.Sprintf("%x", sum[:8]))
+	dir := filepath.Join(f.d.dirs.Lowers(), fmt.Sprintf("%x", sum[:8]))
 	f.lowering.Lock()
 	defer f.lowering.Unlock()
 	f.mu.Lock()

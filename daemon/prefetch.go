@@ -113,6 +113,10 @@ func (s *start) resolved(r *resolved) {
 		}
 		return s.d.pushedOnce(s.ctx, r, s.name)
 	})
+	if r.depth() < len(r.manifest.Layers) { // a part of an image is no start of it
+		s.mode, s.quiet = prefetchNone, new(time.Duration)
+		return
+	}
 	var err error
 	if s.local, err = s.d.localProfile(r.manifest.Digest, s.name); err != nil {
 		s.ignore(err)

@@ -39,6 +39,9 @@ func (d *Daemon) reserve(o MountOptions) (*mount, error) {
 		m.Dir, m.OwnDir = o.Dir, false
 	} else if m.Dir == "" {
 		m.Dir, m.OwnDir = filepath.Join(d.dirs.Mounts(), m.Name), true
+		if m.Base {
+			m.Dir = filepath.Join(d.dirs.Lowers(), m.Name)
+		}
 	}
 	if m.OwnDir {
 		if err := os.Mkdir(m.Dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {

@@ -93,11 +93,24 @@ func (r *resolved) close() { r.blobs.Close() }
 // tree opens the layers. What it gives closes the image with them; so does an error.
 func (r *resolved) tree(ctx context.Context, n note, growing bool) (*tree, error) {
 	t := &tree{manifest: r.manifest, resolved: r}
+	if n := r.depth(); n < len(r.manifest.Layers) {
+		lowest := *r.manifest
+		lowest.Layers = lowest.Layers[:n]
+		t.manifest = &lowest
+	}
 	if err := t.openLayers(ctx, n, growing); err != nil {
 		t.close()
 		return nil, fmt.Errorf("%s: %w", r.name.Familiar(), err)
 	}
 	return t, nil
+}
+
+// depth is how many of the layers are wanted, from the lowest up.
+func (r *resolved) depth() int {
+	if n := len(r.manifest.Layers); r.o.Layers == 0 || r.o.Layers > n {
+		return n
+	}
+	return r.o.Layers
 }
 
 // request asks for layer i.
@@ -115,7 +128,7 @@ func (r *resolved) request(ctx context.Context, i int, n note) (fetch.Request, e
 		Progress: n.progress, Index: r.o.Index, NoAhead: r.o.alone,
 		Find: func(context.Context) ([]fetch.Found, error) { return r.indexes.find(l.Digest) },
 	}
-	if len(r.o.keys) == len(r.manifest.Layers) {
+	if len(r.o.keys) == r.depth() {
 		q.Key = r.o.keys[i]
 	}
 	var err error

@@ -100,7 +100,7 @@ func (d *Daemon) sweep() {
 		os.Remove(dir)
 	}
 	// What the kernel's overlayfs lay on is held by that, not by its name.
-	lowers, _ := filepath.Glob(filepath.Join(d.dirs.Run, "lower", "*"))
+	lowers, _ := filepath.Glob(filepath.Join(d.dirs.Lowers(), "*"))
 	for _, dir := range lowers {
 		if err := fs.Detach(dir); err != nil {
 			d.log.Warn("a mount of an earlier run stays", "dir", dir, "err", err)

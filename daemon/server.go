@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/activation"
+	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
 
@@ -24,19 +26,22 @@ import (
 // serve answers on the socket, and Prometheus on a loopback port if asked, until
 // ctx ends.
 func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) error {
-	if err := removeDeadSocket(d.dirs.Socket); err != nil {
+	inherited, err := inheritedSockets()
+	if err != nil {
 		return err
 	}
-	l, err := net.Listen("unix", d.dirs.Socket)
-	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+	l := inherited[socketName]
+	if l == nil {
+		if l, err = listen(d.dirs.Socket); err != nil {
+			return err
+		}
 	}
 	if err := d.guardSocket(); err != nil {
 		l.Close()
 		return err
 	}
 	srv := &http.Server{Handler: d.mux(), BaseContext: func(net.Listener) context.Context { return ctx }, ReadHeaderTimeout: 10 * time.Second}
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- srv.Serve(peers{l}) }()
 	if metricsAddr != "" {
 		ms, err := d.serveMetrics(metricsAddr, failed)
@@ -46,7 +51,17 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 		}
 		defer ms.Close()
 	}
+	if os.Geteuid() == 0 { // as containerd is
+		stop, err := d.serveSnapshots(inherited[snapshotsName], failed)
+		if err != nil {
+			srv.Close()
+			return err
+		}
+		defer stop()
+	}
 	d.log.Info("ready", "socket", d.dirs.Socket, "version", metrics.Version)
+	sdnotify.SdNotify(false, sdnotify.SdNotifyReady)
+	defer sdnotify.SdNotify(false, sdnotify.SdNotifyStopping)
 	if ready != nil {
 		ready()
 	}
@@ -59,6 +74,40 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 	defer cancel()
 	srv.Shutdown(shut)
 	return err
+}
+
+// listen makes a socket of our own.
+func listen(path string) (net.Listener, error) {
+	if err := removeDeadSocket(path); err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return l, nil
+}
+
+// The names by which systemd hands sockets over, as the units give them.
+const (
+	socketName    = "varve"
+	snapshotsName = "varve-snapshotter"
+)
+
+// inheritedSockets gives the sockets that systemd listens on in our stead: they are
+// there before we are, so that nobody finds nobody there.
+func inheritedSockets() (map[string]net.Listener, error) {
+	named, err := activation.ListenersWithNames()
+	if err != nil {
+		return nil, fmt.Errorf("sockets of systemd: %w", err)
+	}
+	out := map[string]net.Listener{}
+	for name, ls := range named {
+		if len(ls) > 0 && ls[0] != nil {
+			out[name] = ls[0]
+		}
+	}
+	return out, nil
 }
 
 // removeDeadSocket makes room for ours where a daemon died. The path may have

@@ -23,7 +23,9 @@ type sharedIndex struct {
 	d    *Daemon
 	path string
 	file string // where it lies now: a file of its own before it has reached the disk
-	refs int    // guarded by Daemon.indexMu
+	refs int    // guarded by Daemon.indexMu, as is
+	// unwanted says that its file goes with it.
+	unwanted bool
 }
 
 // indexPath gives where the index of an image with these layers lies: images
@@ -37,6 +39,26 @@ func (d *Daemon) indexPath(layers []*fetch.Handle) string {
 	return filepath.Join(d.dirs.Cache, "index", fmt.Sprintf("%x.erofs", h.Sum(nil)))
 }
 
+// dropIndex deletes the merged index of layers, when nobody uses it any more.
+func (d *Daemon) dropIndex(digests []string) {
+	var layers []*fetch.Handle
+	for _, digest := range digests {
+		found := d.fetcher.Layers(digest)
+		if len(found) != 1 {
+			return // which one it was made of is not known
+		}
+		layers = append(layers, &fetch.Handle{Layer: found[0]})
+	}
+	path := d.indexPath(layers)
+	d.indexMu.Lock()
+	defer d.indexMu.Unlock()
+	if s := d.indexes[path]; s != nil {
+		s.unwanted = true
+		return
+	}
+	os.Remove(path) // it would be found again by its name, no harm done
+}
+
 // sharedIndex opens the merged index of layers, building it where it is missing
 // or damaged. The caller releases it. Who builds one holds up only those who want
 // the same.
@@ -46,6 +68,7 @@ func (d *Daemon) sharedIndex(layers []*fetch.Handle) (*sharedIndex, error) {
 		d.indexMu.Lock()
 		if s := d.indexes[path]; s != nil {
 			s.refs++
+			s.unwanted = false
 			d.indexMu.Unlock()
 			return s, nil
 		}
@@ -121,6 +144,9 @@ func (s *sharedIndex) release() {
 	if s.refs--; s.refs == 0 {
 		delete(s.d.indexes, s.path)
 		s.close()
+		if s.unwanted {
+			os.Remove(s.path)
+		}
 	}
 }
 

@@ -254,13 +254,19 @@ func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
 		return nil, err
 	}
 	h := &Handle{Layer: l, blob: q.Blob, diffID: q.DiffID, noAhead: q.NoAhead}
+	l.mu.Lock()
+	if l.gone { // a moment ago
+		l.mu.Unlock()
+		return f.acquire(key, q)
+	}
+	l.handles++
+	l.unwanted = nil
 	if q.Blob != nil {
-		l.mu.Lock()
 		clear(l.failed) // this one may have what the others had not
 		l.sources = append(l.sources, h)
 		l.proveSoon()
-		l.mu.Unlock()
 	}
+	l.mu.Unlock()
 	// Only now: who proves the layer asks those that have it open.
 	if err := q.checkDiffID(l.About().DiffID); err != nil {
 		h.Close()
@@ -269,7 +275,7 @@ func (f *Fetcher) acquire(key string, q Request) (*Handle, error) {
 	return h, nil
 }
 
-// resident gives a layer that stays open until the Fetcher is closed.
+// resident gives a layer that stays open until it is removed or the Fetcher closed.
 func (f *Fetcher) resident(key string) (*Layer, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -460,6 +466,13 @@ func (f *Fetcher) copyLocal(to *Layer, p *index.Piece) bool {
 // give copies a piece that l holds into another layer's data file, verified on
 // the way as if it came from the network.
 func (l *Layer) give(p *index.Piece, to *Layer) bool {
+	if !l.life.TryRLock() { // else two that are closed could wait for one another
+		return false
+	}
+	defer l.life.RUnlock()
+	if l.closed.Load() {
+		return false
+	}
 	l.gate.RLock()
 	defer l.gate.RUnlock()
 	own, ok := l.frames.Find(p.Digest)

@@ -75,6 +75,11 @@ type Layer struct {
 	flights map[int]*flight // frames on their way
 	failed  map[int]failure // frames that failed a moment ago
 	sources []*Handle       // who lets the network be asked, the newest last
+	handles int             // that are open
+	// unwanted is told when the layer was removed, which it is to be; gone says that
+	// it was. See [Fetcher.Remove].
+	unwanted func(error)
+	gone     bool
 }
 
 // Handle is a layer as one mount holds it. While it is open its blob may be
@@ -84,7 +89,8 @@ type Handle struct {
 	blob    Blob
 	diffID  func() (string, error)
 	noAhead bool // see Request
-	known   bool // see Known; guarded by the layer's mu
+	known   bool // see Known; guarded by the layer's mu, as is
+	ended   bool
 }
 
 // About says how the layer is read.
@@ -107,10 +113,17 @@ func (h *Handle) Close() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.sources = slices.DeleteFunc(h.sources, func(o *Handle) bool { return o == h })
+	if h.ended {
+		return
+	}
+	h.ended = true
+	if h.handles--; h.handles == 0 && h.unwanted != nil {
+		go h.f.removeUnwanted(h.Layer)
+	}
 }
 
 // Fd gives the data file's descriptor. It belongs to the layer and stays open
-// until the Fetcher is closed.
+// until that is removed or the Fetcher closed.
 func (l *Layer) Fd() int { return l.data.Fd() }
 
 // Path gives the data file's path.

@@ -68,6 +68,22 @@ func (d *DataFiles) Add(name string, f Data) {
 	d.names[name] = uint64(len(d.files)) + 1
 }
 
+// Remove takes a data file away that nobody reads through any more. One that is added
+// with its name is another file.
+func (d *DataFiles) Remove(name string) {
+	d.mu.Lock()
+	id, ok := d.names[name]
+	if ok {
+		delete(d.names, name)
+		d.files[id-2] = nil
+	}
+	d.mu.Unlock()
+	if ok {
+		d.server.InodeNotify(id, 0, 0)
+		d.server.EntryNotify(fuse.FUSE_ROOT_ID, name) // it may know nothing of either
+	}
+}
+
 // Direct says that somebody reads a data file without the page cache. What he asks
 // for he wants.
 func (d *DataFiles) Direct(name string) {

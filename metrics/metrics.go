@@ -31,6 +31,9 @@ type Metrics struct {
 	PushBlobs      *prometheus.CounterVec   // outcome: uploaded, mounted, exists, piped
 	CopyUpBytes    prometheus.Counter
 	CopyUpSeconds  prometheus.Histogram
+
+	SnapshotSeconds   *prometheus.HistogramVec // method, code; its count is the number of calls
+	SnapshotFallbacks prometheus.Counter
 }
 
 // Version is the program's version, set when it is built.
@@ -62,11 +65,15 @@ func New(reg prometheus.Registerer) *Metrics {
 		PushBlobs:      counter("push_blobs_total", "Blobs of pushed images, by how they came to the registry.", "outcome"),
 		CopyUpBytes:    prometheus.NewCounter(prometheus.CounterOpts{Name: "copy_up_bytes_total", Help: "Bytes of an image's files copied to an upper because they were to be changed."}),
 		CopyUpSeconds:  prometheus.NewHistogram(prometheus.HistogramOpts{Name: "copy_up_duration_seconds", Help: "Time of copying one file to an upper.", Buckets: seconds}),
+
+		SnapshotSeconds:   histogram("snapshotter_request_duration_seconds", "Calls of containerd to the snapshotter.", seconds, "method", "code"),
+		SnapshotFallbacks: prometheus.NewCounter(prometheus.CounterOpts{Name: "snapshotter_fallbacks_total", Help: "Layers that containerd had to unpack because their image cannot be mounted."}),
 	}
 	build := gauge("build_info", "What is running.", "version", "revision", "goversion")
 	build.WithLabelValues(Version, Revision(), runtime.Version()).Set(1)
 	reg.MustRegister(build, m.Mounts, m.MountSeconds, m.FuseSeconds, m.ReadBytes, m.FetchRequests,
-		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.AheadBytes, m.VerifyFailures, m.LazyFallbacks, m.Restores, m.CommitSeconds, m.CommitBytes, m.PushBlobs, m.CopyUpBytes, m.CopyUpSeconds)
+		m.FetchBytes, m.FetchSeconds, m.FetchRetries, m.AheadBytes, m.VerifyFailures, m.LazyFallbacks, m.Restores, m.CommitSeconds, m.CommitBytes, m.PushBlobs, m.CopyUpBytes, m.CopyUpSeconds,
+		m.SnapshotSeconds, m.SnapshotFallbacks)
 	return m
 }
 

@@ -21,8 +21,8 @@ const module = "github.com/varvefs/varve/"
 // measures and shows (bench and all below it, test) stands above everything; cmd/varve takes its demo from there.
 var arrows = map[string][]string{
 	"cmd/varve":         {"daemon", "bench/demo", "bench/link"},
-	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "fetch/profile", "commit", "image", "metrics"},
-	"snapshotter":       {"daemon"},
+	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "fetch/profile", "commit", "image", "metrics", "snapshotter"},
+	"snapshotter":       {},
 	"fs":                {"index", "fs/upper", "fetch/store", "metrics"},
 	"fs/upper":          {},
 	"index":             {},
@@ -51,7 +51,7 @@ var foreign = map[string][]string{
 	"github.com/hanwen/go-fuse/":                              {"fs", "daemon", "test", "test/..."},
 	"github.com/google/go-containerregistry/":                 {"fetch", "commit", "image", "bench", "bench/...", "test", "test/..."},
 	"github.com/containerd/stargz-snapshotter/":               {"index/estargz", "index/zstdchunked", "commit", "bench", "bench/...", "test", "test/..."},
-	"github.com/containerd/containerd/":                       {"snapshotter", "test", "test/..."},
+	"github.com/containerd/containerd/":                       {"snapshotter", "daemon", "test", "test/..."},
 	"github.com/prometheus/client_golang/prometheus/promhttp": {"daemon"},
 	"github.com/spf13/cobra":                                  {"cmd/varve", "bench/..."},
 	"github.com/moby/buildkit/":                               {"commit"},

@@ -177,8 +177,13 @@ func (s *Store) Room() int64 {
 }
 
 // Bytes gives what the store takes on its disk, holes not counted.
-func (s *Store) Bytes() (n int64) {
-	filepath.WalkDir(s.dir, func(_ string, d fs.DirEntry, err error) error {
+func (s *Store) Bytes() int64 { return bytesIn(s.dir) }
+
+// Usage gives what a layer takes of that.
+func (s *Store) Usage(digest string) int64 { return bytesIn(s.layerDir(digest)) }
+
+func bytesIn(dir string) (n int64) {
+	filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return nil
 		}

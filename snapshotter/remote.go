@@ -1,0 +1,185 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+)
+
+// chainFile is in a remote snapshot's directory, and says which layers it stands
+// for. Labels would not do: clients of containerd change those.
+const chainFile = "image.json"
+
+// remote is what chainFile holds.
+type remote struct {
+	Chain
+	ID string `json:"chain"` // the chain ID of its layers
+}
+
+// target says of which layer a snapshot is to become the snapshot, "" if of none
+// that an image is named for.
+func target(opts []snapshots.Opt) (name string, of Image, layer string, all map[string]string) {
+	var info snapshots.Info
+	for _, o := range opts {
+		if o(&info) != nil {
+			return "", Image{}, "", nil
+		}
+	}
+	l := info.Labels
+	of = Image{Name: l[snapshotters.TargetRefLabel], Manifest: l[snapshotters.TargetManifestDigestLabel]}
+	if of.Name == "" || of.Manifest == "" {
+		return "", Image{}, "", nil
+	}
+	return l[snapshots.LabelSnapshotRef], of, l[snapshotters.TargetLayerDigestLabel], l
+}
+
+// prepareRemote makes the snapshot that one was to become, if it is a layer that can
+// be mounted with all that are below it. An image that cannot be is unpacked, as any
+// other: then the reason is logged.
+func (s *Snapshotter) prepareRemote(ctx context.Context, key, parent string, opts []snapshots.Opt) (done bool, err error) {
+	name, of, layer, all := target(opts)
+	if name == "" {
+		return false, nil
+	}
+	var below *remote
+	if parent != "" {
+		if below, err = s.remote(ctx, parent); err != nil {
+			return false, err
+		}
+		if below == nil {
+			return false, nil // it lies on one that was unpacked
+		}
+	}
+	c, err := s.place(ctx, name, of, layer, below)
+	if err != nil {
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		s.fell.Inc()
+		s.log.Warn("an image's layer is not lazy: containerd unpacks it", "image", of.Name, "layer", layer, "err", err)
+		return false, nil
+	}
+	return true, s.commitRemote(ctx, key, parent, remote{*c, name}, snapshots.WithLabels(all))
+}
+
+// place gives the chain with this ID among the layers of an image.
+func (s *Snapshotter) place(ctx context.Context, id string, of Image, layer string, below *remote) (*Chain, error) {
+	ls, err := s.images.Layers(ctx, of)
+	if err != nil {
+		return nil, err
+	}
+	diffIDs := make([]digest.Digest, len(ls))
+	for i, l := range ls {
+		diffIDs[i] = digest.Digest(l.DiffID)
+	}
+	ids := identity.ChainIDs(diffIDs) // in place
+	for i, l := range ls {
+		if ids[i].String() != id || layer != "" && l.Digest != layer {
+			continue
+		}
+		if i == 0 && below == nil || i > 0 && below != nil && below.ID == ids[i-1].String() {
+			return &Chain{of, i + 1}, nil
+		}
+	}
+	return nil, fmt.Errorf("the image has no layer %s in that place", layer)
+}
+
+// commitRemote makes a remote snapshot. One that is there already, from another
+// namespace or another pull, will do.
+func (s *Snapshotter) commitRemote(ctx context.Context, key, parent string, r remote, opt snapshots.Opt) error {
+	if _, err := s.local.Prepare(ctx, key, parent, opt); err != nil {
+		return err
+	}
+	dir, err := s.dir(ctx, key)
+	if err == nil {
+		err = writeChain(filepath.Join(dir, chainFile), r)
+	}
+	if err == nil {
+		err = s.local.Commit(ctx, r.ID, key, opt)
+	}
+	if err != nil {
+		if rerr := s.local.Remove(context.WithoutCancel(ctx), key); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		if errdefs.IsAlreadyExists(err) {
+			return nil
+		}
+	}
+	return err
+}
+
+func writeChain(path string, r remote) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// readChain gives what a snapshot with this directory stands for, nil if it is no
+// remote one.
+func readChain(dir string) (*remote, error) {
+	b, err := os.ReadFile(filepath.Join(dir, chainFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	r := &remote{}
+	if err == nil {
+		err = json.Unmarshal(b, r)
+	}
+	if err == nil && (r.Layers < 1 || r.Name == "" || r.Manifest == "") {
+		err = errors.New("no image is named")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %s: %w: remove the image and pull it again", filepath.Base(dir), chainFile, err)
+	}
+	return r, nil
+}
+
+// dir gives a snapshot's directory.
+func (s *Snapshotter) dir(ctx context.Context, key string) (dir string, err error) {
+	err = s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, _, _, err := storage.GetInfo(ctx, key)
+		dir = s.dirOf(id)
+		return err
+	})
+	return dir, err
+}
+
+func (s *Snapshotter) dirOf(id string) string { return filepath.Join(s.root, "snapshots", id) }
+
+// remote gives what a snapshot stands for, nil if it is no remote one.
+func (s *Snapshotter) remote(ctx context.Context, key string) (*remote, error) {
+	dir, err := s.dir(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	return readChain(dir)
+}
+
+// chain is remote for who only needs the chain.
+func (s *Snapshotter) chain(ctx context.Context, key string) (*Chain, error) {
+	r, err := s.remote(ctx, key)
+	if r == nil {
+		return nil, err
+	}
+	return &r.Chain, nil
+}
