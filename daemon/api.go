@@ -104,6 +104,8 @@ type MountOptions struct {
 	// RecordFor is how long the start is recorded, 0: not at all. nil: until it goes
 	// quiet.
 	RecordFor *time.Duration `json:"record_for,omitempty"`
+
+	proc *process // the container that it is for
 }
 
 // Mount is what is known of a mount.
@@ -123,12 +125,15 @@ type Mount struct {
 	FaceReason string    `json:"FaceReason"`
 	Offline    bool      `json:"Offline"`
 
+	Base          bool       `json:"Base,omitempty"` // containers of containerd lie on it
 	RW            bool       `json:"RW"`
 	Upper         string     `json:"Upper,omitempty"`
 	Overlay       string     `json:"Overlay,omitempty"` // who writes the upper: kernel, fuse
 	OverlayReason string     `json:"OverlayReason,omitempty"`
 	UpperBytes    int64      `json:"UpperBytes,omitempty"` // on disk; in an inspection only
 	Unmounted     *time.Time `json:"Unmounted,omitempty"`  // since when only its changes are kept
+
+	Container *Container `json:"Container,omitempty"` // the process that runs in it, or did
 
 	Prefetch  string      `json:"Prefetch,omitempty"` // none, profile, all
 	Profile   *ProfileUse `json:"Profile,omitempty"`
@@ -163,6 +168,8 @@ type UnmountOptions struct {
 	Lazy  bool   `json:"lazy,omitempty"`
 	// Remove also deletes the changes of a writable mount.
 	Remove bool `json:"remove,omitempty"`
+
+	own bool // of the daemon itself
 }
 
 // Removed is what `varve rm` and `varve prune` deleted.

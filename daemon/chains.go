@@ -204,7 +204,7 @@ func (c *chains) mount(o MountOptions) (dir string, err error) {
 			case <-time.After(10 * time.Millisecond):
 			}
 		case m.State == "failed": // the registry may be there by now
-			if _, err := c.d.Unmount(UnmountOptions{Mount: m.ID, Force: true}); err != nil {
+			if _, err := c.d.Unmount(UnmountOptions{Mount: m.ID, Force: true, own: true}); err != nil {
 				return "", err
 			}
 		default:
@@ -245,7 +245,7 @@ func (c *chains) Unmount(ctx context.Context, stay map[snapshotter.Chain]bool) e
 	c.d.mu.Unlock()
 	var errs []error
 	for _, id := range ids {
-		if _, err := c.d.Unmount(UnmountOptions{Mount: id}); err != nil && !errors.Is(err, errNoMount) {
+		if _, err := c.d.Unmount(UnmountOptions{Mount: id, own: true}); err != nil && !errors.Is(err, errNoMount) {
 			errs = append(errs, err)
 		}
 	}

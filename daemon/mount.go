@@ -214,6 +214,15 @@ func (m *mount) down(lazy bool) error {
 	return nil
 }
 
+// notOurs is what is said of a mount that containers lie on. They would go on
+// without what it brings them.
+func (m *mount) notOurs() error {
+	if !m.Base {
+		return nil
+	}
+	return &Error{Message: fmt.Sprintf("the mount %q is containerd's, whose containers lie on it: it goes with them, and with the image", m.Name), Exit: ExitBusy}
+}
+
 // onItsWay is what is said of a mount that another verb is bringing up.
 func (m *mount) onItsWay() error {
 	return &Error{Message: fmt.Sprintf("the mount %q is on its way up: interrupt who mounts it, or try again in a moment", m.Name), Exit: ExitBusy}
@@ -247,6 +256,9 @@ func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 	m, err := d.find(o.Mount)
 	if err == nil && m.coming {
 		err = m.onItsWay()
+	}
+	if err == nil && !o.own {
+		err = m.notOurs()
 	}
 	if err == nil && m.Unmounted != nil {
 		if err = &(Error{Message: fmt.Sprintf("%s is not mounted: `varve rm %[1]s` deletes its changes", m.Name), Exit: ExitError}); o.Remove {
@@ -376,7 +388,7 @@ func (m *mount) view(layers bool) Mount {
 	v := Mount{
 		ID: m.ID, Name: m.Name, Image: name.Familiar(), Target: m.Target, Dir: m.Dir, Created: m.Created,
 		State: "mounted", Face: m.kind, FaceReason: m.faceReason(), Offline: m.Offline, Platform: m.Platform,
-		RW: m.RW, Upper: m.Upper, Overlay: m.overlay, OverlayReason: m.overlayReason, Unmounted: m.Unmounted,
+		Base: m.Base, RW: m.RW, Upper: m.Upper, Overlay: m.overlay, OverlayReason: m.overlayReason, Unmounted: m.Unmounted,
 	}
 	if m.tree == nil {
 		switch {

@@ -18,6 +18,8 @@ func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
 	m, err := d.find(o.Mount)
 	switch {
 	case err != nil:
+	case m.Base:
+		err = m.notOurs()
 	case m.coming:
 		err = m.onItsWay()
 	case m.jobs != 0:

@@ -63,8 +63,8 @@ type Config struct {
 	Images Images
 	Log    *slog.Logger
 	Fell   prometheus.Counter // layers that were not lazy
-	// Linger is how long a chain stays mounted after its last container; 0 for ten
-	// minutes.
+	// Linger is how long a chain stays mounted at most after its last container; 0 for
+	// ten minutes.
 	Linger time.Duration
 }
 
@@ -167,6 +167,7 @@ func (s *Snapshotter) make(ctx context.Context, key, parent string, make maker, 
 	defer l.release()
 	mounts, err := make(ctx, key, parent, opts...)
 	if err != nil {
+		s.rest() // nobody may lie on it
 		return nil, err
 	}
 	return l.below(ctx, key, mounts)

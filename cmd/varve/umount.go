@@ -36,7 +36,7 @@ func (a *app) umountCmd() *cobra.Command {
 				// One that lies in another goes first.
 				slices.SortFunc(ms, func(a, b daemon.Mount) int { return strings.Compare(b.Dir, a.Dir) })
 				for _, m := range ms {
-					if m.Unmounted == nil {
+					if m.Unmounted == nil && !m.Base {
 						args = append(args, m.ID)
 					}
 				}
