@@ -65,7 +65,9 @@ func (im *images) Unmount(_ context.Context, stay map[Chain]bool) error {
 	return nil
 }
 
-func (im *images) Usage(_ context.Context, c Chain) (int64, error) { return int64(1000 * c.Layers), nil }
+func (im *images) Usage(_ context.Context, c Chain) (int64, error) {
+	return int64(1000 * c.Layers), nil
+}
 
 func (im *images) Forget(_ context.Context, gone Chain, left []Chain) error {
 	im.mu.Lock()
