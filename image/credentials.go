@@ -2,12 +2,15 @@ package image
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -35,10 +38,21 @@ func AuthFromEnv() Auth {
 	return Auth{
 		DockerConfig: os.Getenv("DOCKER_CONFIG"),
 		AuthFile:     os.Getenv("REGISTRY_AUTH_FILE"),
-		Home:         os.Getenv("HOME"),
+		Home:         home(),
 		RuntimeDir:   os.Getenv("XDG_RUNTIME_DIR"),
 		ConfigHome:   os.Getenv("XDG_CONFIG_HOME"),
 	}
+}
+
+// home is the user's. A service of systemd's has no HOME.
+func home() string {
+	if h := os.Getenv("HOME"); h != "" {
+		return h
+	}
+	if u, err := user.LookupId(strconv.Itoa(os.Geteuid())); err == nil {
+		return u.HomeDir
+	}
+	return ""
 }
 
 // files gives the configuration files in the order in which they are asked.
@@ -63,64 +77,25 @@ func (a Auth) files() []string {
 	return files
 }
 
-// Authenticator gives the credentials for one repository, looked up anew at
-// every call: files are read, helpers run. registry is a host as in a
-// reference ("docker.io") or the host of a mirror.
-func (a Auth) Authenticator(registry, repository string) authn.Authenticator {
-	return lookup{auth: a, registry: registry, repository: repository}
-}
+// maxConfig bounds a file that was not written for us, in bytes.
+const maxConfig = 4 << 20
 
-type lookup struct {
-	auth                 Auth
-	registry, repository string
-}
-
-var _ authn.ContextAuthenticator = lookup{}
-
-func (l lookup) Authorization() (*authn.AuthConfig, error) {
-	return l.AuthorizationContext(context.Background())
-}
-
-// AuthorizationContext takes the first file that has an entry. None is not an
-// error: most images are public.
-func (l lookup) AuthorizationContext(ctx context.Context) (*authn.AuthConfig, error) {
-	if l.auth.Inline != "" {
-		cf := configfile.New("")
-		if err := cf.LoadFromReader(strings.NewReader(l.auth.Inline)); err != nil {
-			return nil, failf(ErrUnauthorized, nil, "credentials for %s: DOCKER_AUTH_CONFIG is not a docker config.json", l.registry)
-		}
-		if ac, found, err := l.ask(ctx, cf); found && err == nil {
-			return &ac, nil
-		}
-	}
-	for _, file := range l.auth.files() {
-		cf, err := readConfig(file)
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
-			continue // another user's file is as good as none
-		}
-		if err != nil {
-			return nil, failf(ErrUnauthorized, err, "credentials for %s: read %s: %s", l.registry, file, err)
-		}
-		ac, found, err := l.ask(ctx, cf)
-		if err != nil {
-			return nil, failf(ErrUnauthorized, err, "credentials for %s: %s names a helper that fails: %s", l.registry, file, err)
-		}
-		if found {
-			return &ac, nil
-		}
-	}
-	return &authn.AuthConfig{}, nil
-}
-
+// readConfig reads a config.json, or the older form that is only its auths.
 func readConfig(file string) (*configfile.ConfigFile, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	const most = 4 << 20
+	return parseConfig(file, io.LimitReader(f, maxConfig))
+}
+
+func parseConfig(file string, r io.Reader) (*configfile.ConfigFile, error) {
+	if filepath.Base(file) == oldConfig {
+		r = io.MultiReader(strings.NewReader(`{"auths":`), r, strings.NewReader("}"))
+	}
 	cf := configfile.New(file)
-	if err := cf.LoadFromReader(io.LimitReader(f, most)); err != nil {
+	if err := cf.LoadFromReader(r); err != nil {
 		return nil, err
 	}
 	return cf, nil
@@ -128,8 +103,8 @@ func readConfig(file string) (*configfile.ConfigFile, error) {
 
 // ask looks into one file: entries for the repository or a namespace above it
 // first (podman's form), then the registry's helper, the store, the registry's
-// own entry.
-func (l lookup) ask(ctx context.Context, cf *configfile.ConfigFile) (authn.AuthConfig, bool, error) {
+// own entry, one with a star (the kubelet's form). Helpers run with a home.
+func (l lookup) ask(ctx context.Context, cf *configfile.ConfigFile, home string) (authn.AuthConfig, bool, error) {
 	aliases := hostAliases(l.registry)
 	for path := l.repository; path != "" && path != "."; {
 		for _, host := range aliases {
@@ -142,16 +117,24 @@ func (l lookup) ask(ctx context.Context, cf *configfile.ConfigFile) (authn.AuthC
 	}
 	for _, key := range aliases {
 		if h := cf.CredentialHelpers[key]; h != "" {
-			return runHelper(ctx, h, key, l.auth.Home)
+			return runHelper(ctx, h, key, home)
 		}
 	}
 	if h := cf.CredentialsStore; h != "" {
-		ac, found, err := runHelper(ctx, h, aliases[0], l.auth.Home)
+		ac, found, err := runHelper(ctx, h, aliases[0], home)
 		if found || err != nil {
 			return ac, found, err
 		}
 	}
 	for _, key := range aliases {
+		if ac, ok := fromFile(cf.AuthConfigs[key]); ok {
+			return ac, true, nil
+		}
+	}
+	for _, key := range slices.Backward(slices.Sorted(maps.Keys(cf.AuthConfigs))) {
+		if !strings.Contains(key, "*") || !matchesImage(key, l.registry, l.repository) {
+			continue
+		}
 		if ac, ok := fromFile(cf.AuthConfigs[key]); ok {
 			return ac, true, nil
 		}
@@ -193,11 +176,11 @@ func runHelper(ctx context.Context, name, server, home string) (authn.AuthConfig
 	}
 	creds, err := client.Get(func(args ...string) client.Program {
 		cmd := exec.CommandContext(ctx, command, args...)
-		cmd.WaitDelay = time.Second
+		withAll(cmd)
 		if home != "" {
 			cmd.Env = append(cmd.Environ(), "HOME="+home)
 		}
-		return program{cmd}
+		return program{cmd, cancel}
 	}, server)
 	if credentials.IsErrCredentialsNotFound(err) {
 		return authn.AuthConfig{}, false, nil
@@ -216,7 +199,19 @@ func runHelper(ctx context.Context, name, server, home string) (authn.AuthConfig
 }
 
 // program fits an exec.Cmd to what the helpers' client runs.
-type program struct{ cmd *exec.Cmd }
+type program struct {
+	cmd  *exec.Cmd
+	stop func()
+}
 
-func (p program) Output() ([]byte, error) { return p.cmd.Output() }
-func (p program) Input(in io.Reader)      { p.cmd.Stdin = in }
+func (p program) Output() ([]byte, error) {
+	out := &bounded{most: maxPrinted, stop: p.stop}
+	p.cmd.Stdout = out
+	err := p.cmd.Run()
+	if out.over {
+		return nil, fmt.Errorf("it prints more than %d bytes", maxPrinted)
+	}
+	return out.kept.Bytes(), err
+}
+
+func (p program) Input(in io.Reader) { p.cmd.Stdin = in }

@@ -1,6 +1,8 @@
 package image
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -29,6 +31,20 @@ func putFile(t *testing.T, file, text string) string {
 		t.Fatal(err)
 	}
 	return file
+}
+
+// best gives the first credential that a lookup finds, or what fails before it.
+func best(l lookup) (authn.AuthConfig, error) {
+	for _, s := range l.sources() {
+		creds, err := s.find(context.Background())
+		if err != nil {
+			return authn.AuthConfig{}, err
+		}
+		if len(creds) > 0 {
+			return creds[0], nil
+		}
+	}
+	return authn.AuthConfig{}, nil
 }
 
 func TestCredentials(t *testing.T) {
@@ -63,7 +79,7 @@ func TestCredentials(t *testing.T) {
 		{"bad.test", "a", "", "docker-credential-bad"},
 		{"gone.test", "a", "", "docker-credential-missing"},
 	} {
-		ac, err := a.Authenticator(tt.registry, tt.repo).Authorization()
+		ac, err := best(lookup{auth: a, registry: tt.registry, repository: tt.repo})
 		switch {
 		case tt.err != "":
 			if !errors.Is(err, ErrUnauthorized) || !strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "hunter2") {
@@ -73,12 +89,28 @@ func TestCredentials(t *testing.T) {
 			t.Errorf("%s/%s: %q, %v; want %q", tt.registry, tt.repo, ac.Username, err, tt.user)
 		}
 	}
-	ac, err := a.Authenticator("ident.test", "x").Authorization()
-	if err != nil || *ac != (authn.AuthConfig{IdentityToken: "ident"}) {
+	ac, err := best(lookup{auth: a, registry: "ident.test", repository: "x"})
+	if err != nil || ac != (authn.AuthConfig{IdentityToken: "ident"}) {
 		t.Errorf("identity token: %v", err)
 	}
 	putFile(t, a.AuthFile, `{"auths":{"x":{"auth":"hunter2"}}}`)
-	if _, err := a.Authenticator("first.test", "x").Authorization(); err == nil || !strings.Contains(err.Error(), a.AuthFile) || strings.Contains(err.Error(), "hunter2") {
+	if _, err := best(lookup{auth: a, registry: "first.test", repository: "x"}); err == nil || !strings.Contains(err.Error(), a.AuthFile) || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("bad file: %v", err)
 	}
+}
+
+func FuzzDockerConfig(f *testing.F) {
+	f.Add("config.json", []byte(`{"auths":{"reg.test/ns":{"auth":"dTpw"},"*.test":{"username":"u","password":"p"}},"credsStore":"a/b"}`))
+	f.Add(oldConfig, []byte(`{"https://reg.test/v1/":{"auth":"dTpw"}}`))
+	f.Fuzz(func(t *testing.T, name string, b []byte) {
+		cf, err := parseConfig(name, bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		cf.CredentialHelpers, cf.CredentialsStore = nil, "" // programs are not run here
+		ac, found, err := lookup{registry: "reg.test", repository: "ns/app"}.ask(t.Context(), cf, "")
+		if err != nil || found != (ac != authn.AuthConfig{}) {
+			t.Errorf("%v, found %v", err, found)
+		}
+	})
 }

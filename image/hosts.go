@@ -57,49 +57,79 @@ type hostTable struct {
 	DialTimeout  string         `toml:"dial_timeout"`
 }
 
-// hostsFor gives the hosts to ask for a registry, in order, the registry
-// itself last. The files are read at every call: they may change under a
-// daemon that runs for months.
-func hostsFor(registry string, dirs []string, insecure bool) ([]host, error) {
+// hosts gives the hosts to ask for a registry, in order, the registry itself
+// last. dirs are those of hosts.toml, none for what the node says; n may be nil.
+// The files are read at every call: they may change under a daemon that runs for
+// months.
+func (n *Node) hosts(registry string, dirs []string, insecure bool) ([]host, error) {
+	var cri criRegistry
+	if n != nil && len(dirs) == 0 {
+		if n.Containerd != "" {
+			cri = n.cri()
+		}
+		dirs = n.HostsDir
+		if len(dirs) == 0 {
+			dirs = cri.dirs()
+		}
+	}
 	if len(dirs) == 0 {
 		dirs = defaultHostsDirs
 	}
-	hosts := []host{{}}
-	for _, dir := range hostDirs(dirs, registry) {
-		file := filepath.Join(dir, "hosts.toml")
-		b, err := os.ReadFile(file)
-		if errors.Is(err, os.ErrNotExist) {
-			certs, err := certFiles(dir)
-			if err != nil {
-				return nil, fmt.Errorf("certificates of registry %s: %w", registry, err)
-			}
-			if certs.isZero() {
-				continue
-			}
-			hosts = []host{{tls: certs}}
-			break
+	hosts, err := hostsIn(dirs, registry)
+	if err == nil && hosts == nil {
+		if hosts, err = cri.hosts(registry); hosts == nil {
+			hosts = []host{{}}
 		}
-		if err != nil {
-			return nil, fmt.Errorf("mirrors of registry %s: %w", registry, err)
-		}
-		if hosts, err = parseHosts(dir, b); err != nil {
-			return nil, failf(ErrMalformed, err, "mirrors of registry %s: %s: %s", registry, file, err)
-		}
-		break
+	}
+	if err != nil {
+		return nil, err
 	}
 	for i := range hosts {
-		hosts[i].complete(registry, insecure)
+		hosts[i].complete(registry, cri, insecure)
 	}
 	return hosts, nil
 }
 
-// complete fills in what hosts.toml left open.
-func (h *host) complete(registry string, insecure bool) {
+// hostsIn gives what the first directory says that is there for a registry, nil
+// if none is. As with containerd an empty one says that there is nothing to say.
+func hostsIn(roots []string, registry string) ([]host, error) {
+	for _, dir := range hostDirs(roots, registry) {
+		if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, fmt.Errorf("mirrors of registry %s: %w", registry, err)
+		}
+		file := filepath.Join(dir, "hosts.toml")
+		b, err := readBounded(file, maxConfig)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("mirrors of registry %s: %w", registry, err)
+		}
+		if len(b) == 0 {
+			certs, err := certFiles(dir)
+			if err != nil {
+				return nil, fmt.Errorf("certificates of registry %s: %w", registry, err)
+			}
+			return []host{{tls: certs}}, nil
+		}
+		hosts, err := parseHosts(dir, b)
+		if err != nil {
+			return nil, failf(ErrMalformed, err, "mirrors of registry %s: %s: %s", registry, file, err)
+		}
+		return hosts, nil
+	}
+	return nil, nil
+}
+
+// complete fills in what the files left open.
+func (h *host) complete(registry string, cri criRegistry, insecure bool) {
 	if h.addr == "" {
 		h.addr, h.prefix, h.pull, h.resolve = registry, "/v2", true, true
-		if registry == "docker.io" {
-			h.addr = dockerHub
-		}
+	}
+	if h.addr == "docker.io" { // which serves no images, but stands in containerd's own examples
+		h.addr = dockerHub
+	}
+	if h.tls.isZero() {
+		h.tls = cri.tls(h.addr)
 	}
 	if h.addr != registry && (registry != "docker.io" || h.addr != dockerHub) {
 		h.ns = registry
@@ -108,6 +138,11 @@ func (h *host) complete(registry string, insecure bool) {
 		h.tls.skipVerify = true
 	}
 	if len(h.schemes) > 0 {
+		// Who says something of TLS for a host that is written with http means it,
+		// if the port leaves it open (containerd's core/remotes/docker/config).
+		if h.schemes[0] == "http" && !h.tls.isZero() && !strings.HasSuffix(h.addr, ":80") {
+			h.schemes = []string{"https", "http"}
+		}
 		return
 	}
 	switch {
@@ -123,8 +158,8 @@ func (h *host) complete(registry string, insecure bool) {
 	}
 }
 
-// hostDirs lists the directories that could describe a registry: the ways
-// containerd writes a port, then the default for all.
+// hostDirs lists the directories that could describe a registry, in containerd's
+// order: in each root the ways to write a port, then the default for all.
 func hostDirs(roots []string, registry string) []string {
 	names := []string{registry}
 	if i := strings.LastIndexByte(registry, ':'); i > 0 && !strings.HasSuffix(registry, "]") {
@@ -132,8 +167,8 @@ func hostDirs(roots []string, registry string) []string {
 		names = []string{name, strings.ReplaceAll(name, ":", ""), registry, registry[:i] + "_" + registry[i+1:]}
 	}
 	var dirs []string
-	for _, name := range append(names, "_default") {
-		for _, root := range roots {
+	for _, root := range roots {
+		for _, name := range append(names, "_default") {
 			dirs = append(dirs, filepath.Join(root, name))
 		}
 	}
@@ -223,7 +258,7 @@ func (t hostTable) host(dir, server string) (host, error) {
 			h.prefix += "/v2"
 		}
 	}
-	h.pull, h.resolve = t.Capabilities == nil, t.Capabilities == nil
+	h.pull, h.resolve = len(t.Capabilities) == 0, len(t.Capabilities) == 0
 	for _, c := range t.Capabilities {
 		switch strings.ToLower(c) {
 		case "pull":

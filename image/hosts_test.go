@@ -11,6 +11,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+var noNode *Node
+
 func TestParseHosts(t *testing.T) {
 	got, err := parseHosts("/d", []byte(`
 server = "https://reg.test/"
@@ -65,7 +67,7 @@ func TestHostsFor(t *testing.T) {
 		"docker.io":   "any.test registry-1.docker.io",
 		"docker.test": "docker.test",
 	} {
-		hosts, err := hostsFor(registry, []string{root}, false)
+		hosts, err := noNode.hosts(registry, []string{root}, false)
 		if err != nil {
 			t.Errorf("%s: %v", registry, err)
 			continue
@@ -81,7 +83,7 @@ func TestHostsFor(t *testing.T) {
 			t.Errorf("%s: %s, want %s", registry, s, want)
 		}
 	}
-	_, err := hostsFor("bad.test", []string{root}, false)
+	_, err := noNode.hosts("bad.test", []string{root}, false)
 	if !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), filepath.Join(root, "bad.test/hosts.toml")) {
 		t.Errorf("bad toml: %v", err)
 	}
@@ -100,7 +102,7 @@ func TestSchemes(t *testing.T) {
 		{"reg.test", false, "https"},
 		{"reg.test", true, "https http"},
 	} {
-		hosts, err := hostsFor(tt.registry, []string{t.TempDir()}, tt.insecure)
+		hosts, err := noNode.hosts(tt.registry, []string{t.TempDir()}, tt.insecure)
 		if err != nil {
 			t.Fatal(err)
 		}

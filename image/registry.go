@@ -32,7 +32,7 @@ type registry struct {
 }
 
 func (r *Registries) remote(n Name, o Options) (*registry, error) {
-	hosts, err := hostsFor(n.domain, o.HostsDir, o.Insecure)
+	hosts, err := r.Node.hosts(n.domain, o.HostsDir, o.Insecure)
 	if err != nil {
 		return nil, err
 	}

@@ -2,17 +2,14 @@ package image
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"io"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
-
-	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
 // userAgent is what registries see of us.
@@ -32,25 +29,36 @@ type session struct {
 	base   http.RoundTripper
 	auth   lookup
 	scopes []string
+	opened atomic.Int64 // last by a caller, in nanoseconds of Unix time
 
-	busy chan struct{} // held, by sending into it, while state is read or changed
-	now  state         // guarded by busy
+	busy    chan struct{}               // held, by sending into it, while what follows is read or changed
+	now     state                       // how the host is spoken to
+	refused map[credentialSum]time.Time // credentials that the host did not take, and when
+	barren  time.Time                   // when there was none left
 }
 
 // state is what a session has found out; it is replaced, not changed.
 type state struct {
 	scheme    string // "" before the first answer
 	challenge challenge
-	header    string // Authorization, "" for none
-	err       error  // why the last renewal failed
+	header    string        // Authorization, "" for none
+	turn      int           // how often the header was made anew
+	from      string        // the source of the credential in it
+	sum       credentialSum // of that
+	taken     *atomic.Bool  // the host took it once; nil without a header
+	proven    bool          // the host took another token for the same credential
+	misses    int           // tokens since then that it did not take
+	err       error         // why the last renewal failed
 	failed    time.Time
 }
 
-// renewPause keeps a denied session from asking for a token at every request.
-const renewPause = time.Second
-
 func newSession(h host, base http.RoundTripper, auth lookup, scopes ...string) *session {
-	return &session{host: h, base: base, auth: auth, scopes: scopes, busy: make(chan struct{}, 1)}
+	s := &session{
+		host: h, base: base, auth: auth, scopes: scopes,
+		busy: make(chan struct{}, 1), refused: map[credentialSum]time.Time{},
+	}
+	s.opened.Store(time.Now().UnixNano())
+	return s
 }
 
 // RoundTrip implements http.RoundTripper.
@@ -68,26 +76,37 @@ func (s *session) RoundTrip(req *http.Request) (*http.Response, error) {
 	if resp == nil {
 		resp, err = s.send(req, st)
 	}
-	// The first refusal may be for want of a credential, a second one for a
-	// password that ran out.
-	for try := 0; try < 2 && err == nil && refused(resp, st); try++ {
+	// The first refusal may be for want of a credential, others for one that ran
+	// out or is of no use here.
+	for try := 0; try < maxTries && err == nil && refused(resp, st); try++ {
 		again, ok := rewound(req)
 		if !ok {
 			return resp, nil
 		}
 		fresh, ferr := s.state(req.Context(), &st, parseChallenge(resp.Header))
-		if ferr != nil && resp.StatusCode == http.StatusUnauthorized {
+		if ferr != nil && resp.StatusCode == http.StatusUnauthorized && !errors.Is(ferr, errNoMore) {
 			discard(resp)
 			return nil, ferr
 		}
-		if ferr != nil || fresh.header == st.header || try > 0 && !basic(fresh) {
+		if ferr != nil {
 			return resp, nil
 		}
 		discard(resp)
 		st = fresh
 		resp, err = s.send(again, st)
 	}
+	if err == nil && st.taken != nil && takes(resp) {
+		st.taken.Store(true)
+	}
 	return resp, err
+}
+
+// maxTries bounds how many credentials one request is sent with.
+const maxTries = 8
+
+// takes reports whether an answer says that the host took the credential.
+func takes(resp *http.Response) bool {
+	return resp.StatusCode < 400 || resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusRequestedRangeNotSatisfiable
 }
 
 // rewound gives req to be sent once more, if its body can be.
@@ -157,14 +176,14 @@ func (s *session) spoken(resp *http.Response, scheme string) bool {
 }
 
 // refused reports whether new credentials could help: after a 401, and after a
-// 403 to nobody, or under basic authentication, with which ECR says that a
-// password ran out.
+// 403 to nobody, to a token that was never taken, or under basic authentication,
+// with which ECR says that a password ran out.
 func refused(resp *http.Response, st state) bool {
 	switch resp.StatusCode {
 	case http.StatusUnauthorized:
 		return true
 	case http.StatusForbidden:
-		return st.header == "" || basic(st)
+		return st.header == "" || basic(st) || !st.taken.Load()
 	}
 	return false
 }
@@ -206,102 +225,21 @@ func (s *session) send(req *http.Request, st state) (*http.Response, error) {
 		q.Set("ns", s.host.ns)
 		out.URL.RawQuery = q.Encode()
 	}
-	for k, vs := range s.host.header {
-		out.Header[k] = slices.Clone(vs)
-	}
-	if out.Header.Get("User-Agent") == "" {
-		out.Header.Set("User-Agent", userAgent)
-	}
+	s.addHeader(out)
 	if st.header != "" {
 		out.Header.Set("Authorization", st.header)
 	}
 	return s.base.RoundTrip(out)
 }
 
-// state gives how to speak to the host. With used it gives something newer
-// than used: another's renewal if there was one, else its own, for c if the
-// host named a challenge.
-func (s *session) state(ctx context.Context, used *state, c challenge) (state, error) {
-	select {
-	case s.busy <- struct{}{}:
-	case <-ctx.Done():
-		return state{}, ctx.Err()
+// addHeader adds what hosts.toml says.
+func (s *session) addHeader(req *http.Request) {
+	for k, vs := range s.host.header {
+		req.Header[k] = slices.Clone(vs)
 	}
-	defer func() { <-s.busy }()
-	if s.now.err != nil && time.Since(s.now.failed) < renewPause {
-		return state{}, s.now.err
+	if req.Header.Get("User-Agent") == "" {
+		req.Header.Set("User-Agent", userAgent)
 	}
-	st := s.now
-	st.err = nil
-	switch {
-	case st.scheme == "":
-		var err error
-		if st.scheme, st.challenge, err = s.ping(ctx); err != nil {
-			return state{}, err
-		}
-	case used == nil && s.now.err == nil:
-		return st, nil
-	case used != nil && used.header != st.header:
-		return st, nil // renewed while we waited
-	}
-	if c.scheme != "" {
-		st.challenge = c
-	}
-	header, err := s.authorize(ctx, st)
-	if err != nil {
-		if ctx.Err() == nil {
-			// The scheme is known all the same.
-			s.now.scheme, s.now.challenge = st.scheme, st.challenge
-			s.now.err, s.now.failed = err, time.Now()
-		}
-		return state{}, err
-	}
-	st.header = header
-	s.now = st
-	return st, nil
-}
-
-// authorize asks files, helpers and the token service. An answer by HTTP stays
-// a *transport.Error.
-func (s *session) authorize(ctx context.Context, st state) (string, error) {
-	ac, err := s.auth.AuthorizationContext(ctx)
-	if err != nil {
-		return "", err
-	}
-	if st.challenge.scheme == "bearer" {
-		scopes := s.scopes
-		if sc := st.challenge.scope; sc != "" && !slices.Contains(scopes, sc) {
-			scopes = append(slices.Clone(scopes), sc)
-		}
-		token, err := askToken(ctx, s.base, s.host.addr, st.scheme == "http", st.challenge, scopes, *ac)
-		if err != nil {
-			return "", tokenError(s.host.addr, err)
-		}
-		return "Bearer " + token, nil
-	}
-	return basicHeader(*ac), nil
-}
-
-func basicHeader(ac authn.AuthConfig) string {
-	switch {
-	case ac.RegistryToken != "":
-		return "Bearer " + ac.RegistryToken
-	case ac.Username != "" || ac.Password != "":
-		return "Basic " + base64.StdEncoding.EncodeToString([]byte(ac.Username+":"+ac.Password))
-	}
-	return ""
-}
-
-// tokenError turns what a token service says about the credentials into a
-// refusal: some answer a wrong password with 400.
-func tokenError(addr string, err error) error {
-	var answer *transport.Error
-	if errors.As(err, &answer) && answer.StatusCode >= 400 && answer.StatusCode < 500 && answer.StatusCode != http.StatusTooManyRequests {
-		return &transport.Error{StatusCode: http.StatusUnauthorized, Errors: []transport.Diagnostic{{
-			Code: transport.UnauthorizedErrorCode, Message: "its token service says " + answerText(answer),
-		}}}
-	}
-	return err
 }
 
 // ping finds the scheme and the challenge. Any answer by HTTP settles the

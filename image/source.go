@@ -61,6 +61,10 @@ type Options struct {
 // tokens, one for each repository and set of credentials, however many mounts
 // use it. It is safe for use by several goroutines.
 type Registries struct {
+	// Node is what the machine knows, nil for nothing. It is set before the first
+	// use.
+	Node *Node
+
 	log  *slog.Logger
 	base http.RoundTripper
 	wait func(context.Context, time.Duration) error // between attempts
@@ -200,7 +204,7 @@ func (r *Registries) pushSession(n Name, o Options, more []string) (*session, er
 	if n.kind != remoteKind {
 		return nil, malformed("%s is in no registry", n.Familiar())
 	}
-	hosts, err := hostsFor(n.domain, o.HostsDir, o.Insecure)
+	hosts, err := r.Node.hosts(n.domain, o.HostsDir, o.Insecure)
 	if err != nil {
 		return nil, err
 	}
@@ -228,22 +232,25 @@ func (r *Registries) session(n Name, h host, o Options, scopes []string) (*sessi
 		return nil, err
 	}
 	// Credentials of the registry are for the registry; a mirror has its own.
-	registry := n.domain
-	if h.ns != "" {
-		registry = h.addr
+	auth := lookup{auth: o.Auth, node: r.Node, log: o.Log, registry: n.domain, repository: n.repo}
+	if auth.log == nil {
+		auth.log = r.log
 	}
-	auth := lookup{auth: o.Auth, registry: registry, repository: n.repo}
+	if h.ns != "" {
+		auth.registry, auth.behind = h.addr, n.domain
+	}
 	if !reflect.TypeOf(base).Comparable() {
 		return newSession(h, build(), auth, scopes...), nil
 	}
 	key := sessionKey{
 		base: base, tls: tlsKey, schemes: strings.Join(h.schemes, " "),
 		addr: h.addr, prefix: h.prefix, ns: h.ns, header: headerKey(h.header),
-		registry: registry, repo: n.repo, actions: strings.Join(scopes, " "), auth: o.Auth,
+		registry: auth.registry, repo: n.repo, actions: strings.Join(scopes, " "), auth: o.Auth,
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s := r.sessions[key]; s != nil {
+		s.opened.Store(time.Now().UnixNano())
 		return s, nil
 	}
 	rt := r.tuned[tunedKey{base, tlsKey}]
@@ -251,9 +258,28 @@ func (r *Registries) session(n Name, h host, o Options, scopes []string) (*sessi
 		rt = build()
 		r.tuned[tunedKey{base, tlsKey}] = rt
 	}
+	if len(r.sessions) >= maxSessions {
+		r.forget()
+	}
 	s := newSession(h, rt, auth, scopes...)
 	r.sessions[key] = s
 	return s, nil
+}
+
+// maxSessions bounds what is remembered of repositories, among it the credentials
+// that callers sent. Who uses a session keeps it.
+const maxSessions = 1024
+
+// forget drops the session that was opened longest ago. The caller holds mu.
+func (r *Registries) forget() {
+	var oldest sessionKey
+	first := true
+	for key, s := range r.sessions {
+		if first || s.opened.Load() < r.sessions[oldest].opened.Load() {
+			oldest, first = key, false
+		}
+	}
+	delete(r.sessions, oldest)
 }
 
 func headerKey(h http.Header) string {

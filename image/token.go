@@ -58,12 +58,13 @@ func parseChallenge(h http.Header) challenge {
 // tokenTime bounds one request for a token, ping or the like.
 const tokenTime = 30 * time.Second
 
-// askToken gives a bearer token for the scopes. addr is the registry's, plain
-// whether it is spoken to over plain HTTP.
-func askToken(ctx context.Context, rt http.RoundTripper, addr string, plain bool, c challenge, scopes []string, ac authn.AuthConfig) (string, error) {
+// askToken gives a bearer token for the scopes. What hosts.toml adds to requests
+// it adds here too, as containerd does: tokens may depend on it.
+func (s *session) askToken(ctx context.Context, st state, scopes []string, ac authn.AuthConfig) (string, error) {
 	if ac.RegistryToken != "" {
 		return ac.RegistryToken, nil
 	}
+	addr, plain, c := s.host.addr, st.scheme == "http", st.challenge
 	ctx, cancel := context.WithTimeout(ctx, tokenTime)
 	defer cancel()
 	u, err := url.Parse(c.realm)
@@ -73,7 +74,7 @@ func askToken(ctx context.Context, rt http.RoundTripper, addr string, plain bool
 	if err := checkRealm(u, addr, plain); err != nil {
 		return "", err
 	}
-	client := &http.Client{Transport: rt, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+	client := &http.Client{Transport: s.base, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if len(via) >= 5 || req.Method != http.MethodGet {
 			return errors.New("token service redirects")
 		}
@@ -81,11 +82,14 @@ func askToken(ctx context.Context, rt http.RoundTripper, addr string, plain bool
 		// the host it was meant for.
 		if req.URL.Host != via[0].URL.Host || req.URL.Scheme != via[0].URL.Scheme {
 			req.Header.Del("Authorization")
+			for k := range s.host.header {
+				req.Header.Del(k)
+			}
 		}
 		return checkRealm(req.URL, addr, plain)
 	}}
 	if ac.IdentityToken != "" {
-		token, err := postToken(ctx, client, *u, c.service, scopes, ac.IdentityToken)
+		token, err := s.postToken(ctx, client, *u, c.service, scopes, ac.IdentityToken)
 		var answer *transport.Error
 		if !errors.As(err, &answer) || answer.StatusCode != http.StatusNotFound && answer.StatusCode != http.StatusMethodNotAllowed {
 			return token, err
@@ -102,6 +106,7 @@ func askToken(ctx context.Context, rt http.RoundTripper, addr string, plain bool
 	if err != nil {
 		return "", err
 	}
+	s.addHeader(req)
 	if ac.Username != "" || ac.Password != "" {
 		req.SetBasicAuth(ac.Username, ac.Password)
 	}
@@ -109,7 +114,7 @@ func askToken(ctx context.Context, rt http.RoundTripper, addr string, plain bool
 }
 
 // postToken trades an identity token (docker login with OAuth) for a token.
-func postToken(ctx context.Context, client *http.Client, u url.URL, service string, scopes []string, identity string) (string, error) {
+func (s *session) postToken(ctx context.Context, client *http.Client, u url.URL, service string, scopes []string, identity string) (string, error) {
 	form := url.Values{
 		"grant_type":    {"refresh_token"},
 		"refresh_token": {identity},
@@ -123,6 +128,7 @@ func postToken(ctx context.Context, client *http.Client, u url.URL, service stri
 	if err != nil {
 		return "", err
 	}
+	s.addHeader(req)
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	return readToken(client.Do(req))
 }
