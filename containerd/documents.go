@@ -21,6 +21,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/varvefs/varve/image"
 )
 
@@ -47,6 +49,15 @@ type document struct {
 	ocispec.Descriptor
 	raw []byte
 }
+
+// ReaderAt lets containerd's code read the document, as if from a store.
+func (d document) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
+	return inMemory{bytes.NewReader(d.raw)}, nil
+}
+
+type inMemory struct{ *bytes.Reader }
+
+func (inMemory) Close() error { return nil }
 
 // parse reads an image's documents. They are checked against their digests, and the
 // manifest and config against each other.
@@ -113,70 +124,121 @@ func (p *parsed) layer(i int) ocispec.Descriptor {
 }
 
 // putDocuments puts the image's documents into the content store, each with the
-// labels by which the garbage collector finds what it leads to.
+// labels by which the garbage collector finds what it leads to, side by side: each is
+// several of containerd's transactions.
 func (c *Client) putDocuments(ctx context.Context, p *parsed) error {
+	eg, ctx := errgroup.WithContext(ctx)
 	for _, d := range p.docs {
-		err := c.write(ctx, d.Descriptor, func(off int64, w io.Writer) error {
-			_, err := io.Copy(w, bytes.NewReader(d.raw[min(off, d.Size):]))
-			return err
+		eg.Go(func() error {
+			if err := c.putDocument(ctx, p, d); err != nil {
+				return fmt.Errorf("put %s into containerd: %w", d.Digest, err)
+			}
+			return nil
 		})
-		if err == nil {
-			err = c.source(ctx, p.name, d.Digest)
-		}
-		if err == nil {
-			_, err = images.SetChildrenLabels(c.content, images.ChildrenHandler(c.content))(ctx, d.Descriptor)
-		}
-		if err != nil {
-			return fmt.Errorf("put %s into containerd: %w", d.Digest, err)
-		}
 	}
-	return nil
+	return eg.Wait()
 }
 
-// write puts a blob into the content store, unless it is there. fill writes the
-// blob's bytes from an offset on: what an earlier pull left unfinished is gone on
-// with.
-func (c *Client) write(ctx context.Context, d ocispec.Descriptor, fill func(off int64, w io.Writer) error) error {
+func (c *Client) putDocument(ctx context.Context, p *parsed, d document) error {
+	children, err := labelsOf(ctx, d)
+	if err != nil {
+		return err
+	}
+	key, repo := sourceLabel(p.name)
+	with := maps.Clone(children)
+	if labels.Validate(key, repo) == nil {
+		with[key] = repo
+	}
+	there, err := c.write(ctx, d.Descriptor, content.WithLabels(with), func(off int64, w io.Writer) error {
+		_, err := io.Copy(w, bytes.NewReader(d.raw[min(off, d.Size):]))
+		return err
+	})
+	if err != nil || !there {
+		return err
+	}
+	// Somebody else put it there, perhaps without labels.
+	if err := c.source(ctx, p.name, d.Digest); err != nil || len(children) == 0 {
+		return err
+	}
+	var fields []string
+	for key := range children {
+		fields = append(fields, "labels."+key)
+	}
+	_, err = c.content.Update(ctx, content.Info{Digest: d.Digest, Labels: children}, fields...)
+	return err
+}
+
+// labelsOf gives the labels by which containerd's garbage collector finds what a
+// document leads to.
+func labelsOf(ctx context.Context, d document) (map[string]string, error) {
+	all := collector{labels: map[string]string{}}
+	_, err := images.SetChildrenLabels(all, images.ChildrenHandler(d))(ctx, d.Descriptor)
+	return all.labels, err
+}
+
+// collector takes labels that containerd's code means to set, which is all that it
+// does with a store.
+type collector struct {
+	content.Manager
+	labels map[string]string
+}
+
+func (c collector) Update(_ context.Context, info content.Info, _ ...string) (content.Info, error) {
+	maps.Copy(c.labels, info.Labels)
+	return info, nil
+}
+
+// write puts a blob with labels into the content store, or reports that it was there.
+// fill writes the blob's bytes from an offset on: what an earlier pull left unfinished
+// is gone on with.
+func (c *Client) write(ctx context.Context, d ocispec.Descriptor, with content.Opt, fill func(off int64, w io.Writer) error) (there bool, err error) {
 	ref := remotes.MakeRefKey(ctx, d)
 	w, err := content.OpenWriter(ctx, c.content, content.WithRef(ref), content.WithDescriptor(d))
 	if errdefs.IsAlreadyExists(err) {
-		return nil
+		return true, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer w.Close()
 	st, err := w.Status()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if st.Offset < d.Size {
 		b := bufio.NewWriterSize(w, 1<<20) // each write is a call and its answer
 		if err := errors.Join(fill(st.Offset, b), b.Flush()); err != nil {
-			return err
+			return false, err
 		}
 	}
-	if err := w.Commit(ctx, d.Size, d.Digest); err != nil && !errdefs.IsAlreadyExists(err) {
-		c.content.Abort(context.WithoutCancel(ctx), ref) // it would be gone on with for ever
-		return err
+	err = w.Commit(ctx, d.Size, d.Digest, with)
+	if errdefs.IsAlreadyExists(err) {
+		return true, nil
 	}
-	return nil
+	if err != nil {
+		c.content.Abort(context.WithoutCancel(ctx), ref) // it would be gone on with for ever
+	}
+	return false, err
 }
 
 // source notes on a blob which repository it is in, as containerd does: a push into
 // the same registry finds it there.
 func (c *Client) source(ctx context.Context, name image.Name, id digest.Digest) error {
-	registry := url.URL{Host: name.Registry()}
-	key := labels.LabelDistributionSource + "." + registry.Hostname() // without the port: containerd's own form
+	key, repo := sourceLabel(name)
 	info, err := c.content.Info(ctx, id)
 	if err != nil {
 		return err
 	}
-	value := addRepository(info.Labels[key], name.Repository())
+	value := addRepository(info.Labels[key], repo)
 	if value == info.Labels[key] || labels.Validate(key, value) != nil {
 		return nil
 	}
 	return c.label(ctx, id, key, value)
+}
+
+func sourceLabel(name image.Name) (key, repo string) {
+	registry := url.URL{Host: name.Registry()}
+	return labels.LabelDistributionSource + "." + registry.Hostname(), name.Repository() // without the port: containerd's own form
 }
 
 // addRepository adds to a list that has commas.

@@ -10,6 +10,7 @@ import (
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/labels"
@@ -173,7 +174,7 @@ func (u *unpacking) fetch(ctx context.Context, i int) error {
 	d := u.layer(i)
 	id := d.Digest.String()
 	u.status(id, "Pulling fs layer", 0, 0)
-	err := u.write(ctx, d, func(off int64, w io.Writer) error {
+	_, err := u.write(ctx, d, content.WithLabels(nil), func(off int64, w io.Writer) error {
 		c := &counted{w: w, n: off, tell: func(n int64) { u.status(id, "Downloading", n, d.Size) }}
 		return u.Fetch(ctx, id, off, c)
 	})

@@ -14,15 +14,34 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/varvefs/varve/fetch/profile"
+	"github.com/varvefs/varve/fs"
 	"github.com/varvefs/varve/image"
-	"github.com/varvefs/varve/snapshotter"
 )
 
-// chains gives the snapshotter the images that containerd's containers lie on. Each
-// is a mount like any other, below the runtime directory, where only the daemon's
-// user comes; so it comes back with the daemon, has its start recorded, and is
-// listed.
-type chains struct {
+// ImageRef is an image as others named it who had resolved it.
+type ImageRef struct {
+	Name     string `json:"name"`     // by which it was pulled
+	Manifest string `json:"manifest"` // digest of its platform's manifest
+}
+
+// LayerID is a layer of an image.
+type LayerID struct {
+	Digest string // of the blob
+	DiffID string
+}
+
+// Chain is an image's layers from the lowest up to some layer.
+type Chain struct {
+	ImageRef
+	Layers int `json:"layers"`
+}
+
+// Chains has the images that containers of others lie on, containerd's. Each is a
+// mount like any other, below the runtime directory, where only the daemon's user
+// comes; so it comes back with the daemon, has its start recorded, and is listed.
+// Its methods may be called from any goroutine.
+type Chains struct {
 	d *Daemon
 
 	opening  singleflight.Group
@@ -35,8 +54,9 @@ type chains struct {
 // pulledImage is one that was pulled a moment ago and is held open: its container
 // comes next, and layers that must be read whole are on their way.
 type pulledImage struct {
-	layers []snapshotter.Layer
+	layers []LayerID
 	tree   *tree
+	start  *start        // of the container that comes next
 	gone   chan struct{} // closed when it was removed
 }
 
@@ -44,21 +64,21 @@ type pulledImage struct {
 const holdFor = time.Minute
 
 // chainOf gives the mount options of a chain.
-func chainOf(c snapshotter.Chain) (MountOptions, error) {
-	name, err := chainName(c.Image)
+func chainOf(c Chain) (MountOptions, error) {
+	name, err := chainName(c.ImageRef)
 	if err != nil {
 		return MountOptions{}, err
 	}
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d", c.Manifest, c.Layers))
 	return MountOptions{
 		ImageOptions: ImageOptions{Image: name.String(), Layers: c.Layers, Auth: image.AuthFromEnv()},
-		Name:         fmt.Sprintf("containerd-%x", sum[:6]), Base: true, Wait: true,
+		Name:         fmt.Sprintf("containerd-%x", sum[:6]), Base: true, Wait: true, Setuid: os.Geteuid() == 0,
 	}, nil
 }
 
 // chainName gives the name by which an image is resolved: what was pulled, and not
 // what the tag leads to by now.
-func chainName(im snapshotter.Image) (image.Name, error) {
+func chainName(im ImageRef) (image.Name, error) {
 	name, err := image.ParseName(im.Name)
 	if err != nil {
 		return name, err
@@ -73,8 +93,9 @@ func chainName(im snapshotter.Image) (image.Name, error) {
 	return name.WithDigest(id), nil
 }
 
-// Layers opens an image.
-func (c *chains) Layers(ctx context.Context, im snapshotter.Image) ([]snapshotter.Layer, error) {
+// Layers has every layer of an image opened and gives them, the lowest first. An
+// error is why it cannot be mounted.
+func (c *Chains) Layers(ctx context.Context, im ImageRef) ([]LayerID, error) {
 	name, err := chainName(im)
 	if err != nil {
 		return nil, err
@@ -92,7 +113,7 @@ func (c *chains) Layers(ctx context.Context, im snapshotter.Image) ([]snapshotte
 	}
 }
 
-func (c *chains) pulled(name image.Name) (*pulledImage, error) {
+func (c *Chains) pulled(name image.Name) (*pulledImage, error) {
 	id := name.Digest().String()
 	c.mu.Lock()
 	o := c.open[id]
@@ -108,28 +129,47 @@ func (c *chains) pulled(name image.Name) (*pulledImage, error) {
 	if err != nil {
 		return nil, err
 	}
+	s := d.soon(d.life, r)
+	r.ready = s.opened
 	t, err := r.tree(d.life, n, true)
 	if err != nil {
+		s.cancel()
 		return nil, err
 	}
-	ids, err := r.diffIDs()
+	return c.keep(t, s)
+}
+
+// keep holds an image open that was opened, with the start of its container: what that
+// needs is fetched from the pull on. It closes the tree, also where it fails.
+func (c *Chains) keep(t *tree, s *start) (*pulledImage, error) {
+	ids, err := t.diffIDs()
 	if err != nil {
+		s.cancel()
 		t.close()
 		return nil, err
 	}
-	o = &pulledImage{tree: t, gone: make(chan struct{})}
-	for i, l := range r.manifest.Layers {
-		o.layers = append(o.layers, snapshotter.Layer{Digest: l.Digest.String(), DiffID: ids[i]})
+	o := &pulledImage{tree: t, start: s, gone: make(chan struct{})}
+	for i, l := range t.manifest.Layers {
+		o.layers = append(o.layers, LayerID{Digest: l.Digest.String(), DiffID: ids[i]})
 	}
+	if t.index != nil {
+		s.runs <- t
+	}
+	id := t.manifest.Digest.String()
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	if before := c.open[id]; before != nil { // another was faster
+		s.cancel()
+		t.close()
+		return before, nil
+	}
 	c.open[id] = o
-	c.mu.Unlock()
-	d.background.Go(func() { c.hold(id, o) })
+	c.d.background.Go(func() { c.hold(id, o) })
 	return o, nil
 }
 
 // hold keeps an image open for a while, and until its layers have been read.
-func (c *chains) hold(id string, o *pulledImage) {
+func (c *Chains) hold(id string, o *pulledImage) {
 	ctx, cancel := context.WithCancel(c.d.life)
 	defer cancel()
 	go func() {
@@ -156,11 +196,30 @@ func (c *chains) hold(id string, o *pulledImage) {
 		delete(c.open, id)
 	}
 	c.mu.Unlock()
+	o.start.cancel()
 	o.tree.close()
 }
 
+// missed gives what of a profile was missing when the image was pulled, where that was
+// a moment ago.
+func (c *Chains) missed(id string, p *profile.Profile) []bool {
+	c.mu.Lock()
+	o := c.open[id]
+	c.mu.Unlock()
+	if o == nil {
+		return nil
+	}
+	s := o.start
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.used == nil || !slices.Equal(s.used.Uses, p.Uses) {
+		return nil
+	}
+	return s.missing
+}
+
 // letGo ends the hold of an image that was removed.
-func (c *chains) letGo(id string) {
+func (c *Chains) letGo(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if o := c.open[id]; o != nil {
@@ -169,8 +228,9 @@ func (c *chains) letGo(id string) {
 	}
 }
 
-// Mount mounts a chain, if it is not.
-func (c *chains) Mount(ctx context.Context, ch snapshotter.Chain) (string, error) {
+// Mount mounts a chain, if it is not, and gives the directory. It stays the same
+// mount until Unmount.
+func (c *Chains) Mount(ctx context.Context, ch Chain) (string, error) {
 	o, err := chainOf(ch)
 	if err != nil {
 		return "", err
@@ -187,7 +247,8 @@ func (c *chains) Mount(ctx context.Context, ch snapshotter.Chain) (string, error
 	}
 }
 
-func (c *chains) mount(o MountOptions) (dir string, err error) {
+func (c *Chains) mount(o MountOptions) (dir string, err error) {
+	waited := false
 	for {
 		m, ok := c.mounted(o.Name)
 		switch {
@@ -198,23 +259,44 @@ func (c *chains) mount(o MountOptions) (dir string, err error) {
 			}
 			return v.Dir, nil
 		case m.State == "restoring":
+			waited = true
 			select {
 			case <-c.d.life.Done():
 				return "", c.d.life.Err()
 			case <-time.After(10 * time.Millisecond):
 			}
-		case m.State == "failed": // the registry may be there by now
-			if _, err := c.d.Unmount(UnmountOptions{Mount: m.ID, Force: true, own: true}); err != nil {
-				return "", err
+			continue
+		case m.State == "failed" && waited: // a second try would take as long, and who asks does not wait for ever
+			return "", errors.New(m.Error)
+		case m.State != "failed":
+			there, err := isMount(m.Dir)
+			if there || err != nil {
+				return m.Dir, err
 			}
-		default:
-			return m.Dir, nil
+		}
+		// The registry may be there by now, or somebody unmounted it behind our back.
+		if _, err := c.d.Unmount(UnmountOptions{Mount: m.ID, Force: true, own: true}); err != nil {
+			return "", err
 		}
 	}
 }
 
+// isMount reports whether something is mounted at a directory, without asking who
+// serves it.
+func isMount(dir string) (bool, error) {
+	at, err := fs.MountID(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	around, err := fs.MountID(filepath.Dir(dir))
+	return at != around, err
+}
+
 // mounted gives the mount with a name.
-func (c *chains) mounted(name string) (Mount, bool) {
+func (c *Chains) mounted(name string) (Mount, bool) {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
 	for _, m := range c.d.mounts {
@@ -226,7 +308,7 @@ func (c *chains) mounted(name string) (Mount, bool) {
 }
 
 // Unmount takes away all chains but those that are to stay.
-func (c *chains) Unmount(ctx context.Context, stay map[snapshotter.Chain]bool) error {
+func (c *Chains) Unmount(ctx context.Context, stay map[Chain]bool) error {
 	names := map[string]bool{}
 	for ch := range stay {
 		o, err := chainOf(ch)
@@ -254,8 +336,8 @@ func (c *chains) Unmount(ctx context.Context, stay map[snapshotter.Chain]bool) e
 
 // digests gives those of a chain's layers, none where the image is not known any
 // more.
-func (c *chains) digests(ch snapshotter.Chain) ([]string, error) {
-	name, err := chainName(ch.Image)
+func (c *Chains) digests(ch Chain) ([]string, error) {
+	name, err := chainName(ch.ImageRef)
 	if err != nil {
 		return nil, err
 	}
@@ -274,7 +356,7 @@ func (c *chains) digests(ch snapshotter.Chain) ([]string, error) {
 }
 
 // Usage gives what is kept of a chain's highest layer.
-func (c *chains) Usage(_ context.Context, ch snapshotter.Chain) (n int64, err error) {
+func (c *Chains) Usage(_ context.Context, ch Chain) (n int64, err error) {
 	all, err := c.digests(ch)
 	if err != nil || len(all) < ch.Layers {
 		return 0, err
@@ -287,7 +369,7 @@ func (c *chains) Usage(_ context.Context, ch snapshotter.Chain) (n int64, err er
 
 // Forget deletes what is kept of a chain's highest layer, and the image's documents
 // with its last one, unless somebody needs them.
-func (c *chains) Forget(_ context.Context, gone snapshotter.Chain, left []snapshotter.Chain) error {
+func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
 	all, err := c.digests(gone)
 	if err != nil || len(all) < gone.Layers {
 		return err
@@ -298,7 +380,7 @@ func (c *chains) Forget(_ context.Context, gone snapshotter.Chain, left []snapsh
 	}
 	if last {
 		c.letGo(gone.Manifest)
-		if err := c.unmark(gone.Image); err != nil {
+		if err := c.unmark(gone.ImageRef); err != nil {
 			return err
 		}
 	}
@@ -320,7 +402,7 @@ func (c *chains) Forget(_ context.Context, gone snapshotter.Chain, left []snapsh
 
 // needed gives the layers that somebody may come back to: snapshots that are left,
 // mounts, and images that were not got for containerd.
-func (c *chains) needed(left []snapshotter.Chain) (map[string]bool, error) {
+func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 	needed := map[string]bool{}
 	for _, ch := range left {
 		all, err := c.digests(ch)
@@ -361,13 +443,13 @@ func (c *chains) needed(left []snapshotter.Chain) (map[string]bool, error) {
 	return needed, nil
 }
 
-func (c *chains) markPath(manifest digest.Digest) string {
+func (c *Chains) markPath(manifest digest.Digest) string {
 	return filepath.Join(c.d.dirs.State, "containerd", "pulled", manifest.Encoded())
 }
 
 // mark notes that an image comes here for containerd only, unless it is here: its
 // name goes with the last of its snapshots then.
-func (c *chains) mark(name image.Name) error {
+func (c *Chains) mark(name image.Name) error {
 	_, _, err := c.d.images.Get(name, "")
 	if !errors.Is(err, image.ErrNotFound) {
 		return nil
@@ -380,7 +462,7 @@ func (c *chains) mark(name image.Name) error {
 }
 
 // unmark takes away the name that mark noted.
-func (c *chains) unmark(im snapshotter.Image) error {
+func (c *Chains) unmark(im ImageRef) error {
 	name, err := chainName(im)
 	if err != nil {
 		return err

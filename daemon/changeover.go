@@ -68,7 +68,7 @@ func (m *mount) advance() {
 // below gives the face of the image: that which overlayfs lies on, where there is
 // one.
 func (m *mount) below() face {
-	if o, ok := m.face.(*overlay); ok {
+	if o, ok := m.face.(*overlay); ok && o.lower != nil {
 		return o.lower.face
 	}
 	return m.face

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/varvefs/varve/commit"
@@ -96,6 +97,7 @@ func (u *using) deltas(ctx context.Context) ([]Delta, error) {
 	if err != nil {
 		return nil, fmt.Errorf("diff %s: %w", u.Name, err)
 	}
+	ds = slices.DeleteFunc(ds, u.mountPointDelta(ds))
 	for _, c := range ds {
 		out = append(out, Delta{Kind: string(c.Kind), Path: c.Path, Size: c.Size})
 	}

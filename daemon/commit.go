@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,11 +43,16 @@ func (d *Daemon) Commit(ctx context.Context, o CommitOptions, n note) (_ *Commit
 	if err := c.findBase(); err != nil {
 		return nil, err
 	}
+	if err := c.ofContainer(); err != nil {
+		return nil, err
+	}
 	if err := c.tryChanges(); err != nil {
 		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
 	defer func() { c.layer.discard() }()
-	err = c.hold(ctx, !o.NoPause, func() error { return c.pack(ctx) })
+	err = c.frozen(ctx, func() error {
+		return c.hold(ctx, !o.NoPause, func() error { return c.pack(ctx) })
+	})
 	if err != nil {
 		return nil, fmt.Errorf("commit %s: %w", c.Name, err)
 	}
@@ -86,6 +93,7 @@ type commission struct {
 	base   *image.Manifest
 	config []byte
 	chain  int // layers on top of the base that were committed here and are squashed
+	by     string
 	layer  *layer
 }
 
@@ -298,6 +306,7 @@ func (c *commission) entries(ctx context.Context) (es []commit.Entry, done func(
 			return nil, done, err
 		}
 		got = *p
+		got.Entries = slices.DeleteFunc(got.Entries, c.mountPoint(got.Entries))
 	}
 	for _, w := range got.Warnings {
 		c.note.warn("%s", w)
@@ -347,7 +356,7 @@ func (c *commission) diffIDs() ([]digest.Digest, error) {
 // image makes the image and stores it: from then on it can be mounted.
 func (c *commission) image() (*image.Manifest, []byte, error) {
 	meta := commit.Meta{
-		Author: c.Author, Comment: c.Message, CreatedBy: "varve commit", Created: createdOr(c.Created),
+		Author: c.Author, Comment: c.Message, CreatedBy: cmp.Or(c.by, "varve commit"), Created: createdOr(c.Created),
 		Changes: c.changes, Format: c.Format, Squash: c.chain,
 	}
 	if !c.base.Name.IsZero() && !c.base.Name.IsLocal() && !c.base.Name.IsID() {

@@ -23,6 +23,9 @@ type Config struct {
 
 	BackgroundRate  int64       // bytes a second of what nobody waits for, 0 for no limit
 	BackgroundHours fetch.Hours // when that may be fetched at all; the zero value is always
+
+	Registries RegistryConfig
+	Services   []Service // what it serves besides its own socket
 }
 
 // file is what config.toml may say.
@@ -32,6 +35,14 @@ type file struct {
 
 	LimitRate       string `toml:"limit_rate"`
 	BackgroundHours string `toml:"background_hours"`
+
+	CRIAddress       string `toml:"cri_address"`
+	ContainerdConfig string `toml:"containerd_config"`
+	HostsDir         string `toml:"hosts_dir"` // several with colons between, as containerd's config_path
+
+	// By the names of the kubelet's flags.
+	ProviderConfig string `toml:"image_credential_provider_config"`
+	ProviderBin    string `toml:"image_credential_provider_bin_dir"`
 }
 
 // LoadConfig reads config.toml and conf.d/*.toml of the configuration directory,
@@ -76,8 +87,11 @@ func LoadConfig(d Dirs) (Config, error) {
 				return c, fmt.Errorf("%s: background_hours: %w", path, err)
 			}
 		}
+		if err := c.Registries.take(t); err != nil {
+			return c, fmt.Errorf("%s: %w", path, err)
+		}
 	}
-	return c, nil
+	return c, c.Registries.check()
 }
 
 // ParseHours reads hours of the day, such as 22:00-06:00.

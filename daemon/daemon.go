@@ -34,7 +34,7 @@ type Daemon struct {
 	images     *image.Store
 	fetcher    *fetch.Fetcher
 	faces      *faces
-	chains     *chains // of containerd's snapshots
+	chains     *Chains
 	stop       context.CancelFunc
 	life       context.Context // ends with the daemon
 
@@ -81,11 +81,12 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 		d.log.Error("image store", "err", err)
 	}
 	d.registries = image.NewRegistries(d.log, nil)
+	d.registries.Node = c.node()
 	defer d.registries.Close()
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience, BackgroundRate: c.BackgroundRate, BackgroundHours: c.BackgroundHours})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
-	d.chains = &chains{d: d, open: map[string]*pulledImage{}}
+	d.chains = &Chains{d: d, open: map[string]*pulledImage{}}
 	defer d.faces.close()
 	defer d.unmountAll()
 	defer d.background.Wait()
@@ -94,7 +95,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	d.background.Go(func() { d.attend(ctx) })
 	d.background.Go(func() { d.faces.probe() }) // while the first client still asks its registry
 	d.restore(ctx)
-	return d.serve(ctx, c.Metrics, ready)
+	return d.serve(ctx, c, ready)
 }
 
 // lock keeps a second daemon from the same state. The lock file holds the pid of
@@ -213,7 +214,12 @@ func (d *Daemon) unmountAll() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if err := m.down(false); err != nil {
+		if m.stays() {
+			m.leave()
+			continue
+		}
+		// A container that runs in what this process serves keeps it from ending.
+		if err := m.down(m.proc != nil); err != nil {
 			if !errors.Is(err, fs.ErrBusy) {
 				d.log.Error("unmount", "mount", m.Name, "err", err)
 			}

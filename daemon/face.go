@@ -261,16 +261,18 @@ func (f *faces) gone(key string) {
 
 func (f *faces) close() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, l := range f.lowers { // of mounts that somebody is still in
+	lowers, served := f.lowers, f.served
+	f.lowers = map[string]*lower{}
+	f.mu.Unlock()
+	for _, l := range lowers { // of mounts that somebody is still in
 		l.face.Unmount(true)
 		os.Remove(l.dir)
 	}
-	if f.served == nil {
+	if served == nil {
 		return
 	}
-	if err := f.served.Unmount(false); err != nil {
-		f.served.Unmount(true) // a lazily unmounted tree still has its devices open
+	if err := served.Unmount(false); err != nil {
+		served.Unmount(true) // a lazily unmounted tree still has its devices open
 	}
 }
 
@@ -318,7 +320,7 @@ func (f *faces) tryKernel() (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.Unmount(false)) }()
+	defer func() { f.end(s) }()
 	mnt := filepath.Join(dir, "mnt")
 	if err := os.Mkdir(mnt, 0o700); err != nil {
 		return err
@@ -331,13 +333,21 @@ func (f *faces) tryKernel() (err error) {
 	if err != nil {
 		err = fmt.Errorf("EROFS cannot read through FUSE: %w", err)
 	}
-	if uerr := k.Unmount(false); uerr != nil {
-		err = errors.Join(err, uerr, k.Unmount(true))
-	}
+	f.end(k)
 	if err == nil && !bytes.Equal(out, content) {
 		err = errors.New("EROFS read wrong bytes through FUSE")
 	}
 	return err
+}
+
+// end takes a mount of the probe away. Who looks at all mounts of the machine may
+// keep it busy, which says nothing of the kernel.
+func (f *faces) end(m face) {
+	if err := m.Unmount(false); err != nil {
+		if err := m.Unmount(true); err != nil {
+			f.d.log.Warn("a mount of the probe stays", "err", err)
+		}
+	}
 }
 
 // probeData is the data file of the probe, which is all there, and read as one that

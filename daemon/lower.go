@@ -94,6 +94,9 @@ func (f *faces) lower(t *tree, kind string) (*lower, error) {
 
 // release unmounts the face when nobody lies on it any more.
 func (l *lower) release() error {
+	if l == nil { // of an earlier daemon
+		return nil
+	}
 	l.f.lowering.Lock()
 	defer l.f.lowering.Unlock()
 	l.f.mu.Lock()

@@ -26,6 +26,7 @@ type record struct {
 	Unmounted *time.Time `json:"unmounted,omitempty"` // since when only its changes are kept
 	Created   time.Time  `json:"created"`
 	Keys      []string   `json:"keys,omitempty"` // of the layers in the store
+	Container *container `json:"container,omitempty"`
 }
 
 // mount is a mount, or the record of one that is down: it could not be brought
@@ -42,7 +43,10 @@ type mount struct {
 
 	growth *growth // of an image of which layers are still read; guarded by Daemon.mu
 
-	jobs int // what reads the upper now, see [mount.use]; guarded by Daemon.mu
+	jobs int      // what reads the upper now, see [mount.use]; guarded by Daemon.mu
+	proc *process // of a container that runs, or is on its way; guarded by Daemon.mu
+
+	before int64 // what the network had brought for its layers before it was up
 
 	restoring bool   // the daemon brings it back, after its own restart
 	start     *start // of one that is up; guarded by Daemon.mu
@@ -120,6 +124,9 @@ func (m *mount) up(ctx context.Context, n note) (err error) {
 			return nil, err
 		}
 		r.ready = s.opened
+		if m.Container != nil {
+			m.before = m.d.fetchedBefore(r.manifest)
+		}
 		s.resolved(r)
 		return r.tree(ctx, n, growing)
 	}
@@ -260,6 +267,9 @@ func (d *Daemon) Unmount(o UnmountOptions) (string, error) {
 	if err == nil && !o.own {
 		err = m.notOurs()
 	}
+	if err == nil && m.proc != nil {
+		err = &Error{Message: fmt.Sprintf("the container %q runs in that mount: `varve stop %[1]s` ends it, and the mount with it", m.Name), Exit: ExitBusy}
+	}
 	if err == nil && m.Unmounted != nil {
 		if err = &(Error{Message: fmt.Sprintf("%s is not mounted: `varve rm %[1]s` deletes its changes", m.Name), Exit: ExitError}); o.Remove {
 			err = nil
@@ -389,6 +399,7 @@ func (m *mount) view(layers bool) Mount {
 		ID: m.ID, Name: m.Name, Image: name.Familiar(), Target: m.Target, Dir: m.Dir, Created: m.Created,
 		State: "mounted", Face: m.kind, FaceReason: m.faceReason(), Offline: m.Offline, Platform: m.Platform,
 		Base: m.Base, RW: m.RW, Upper: m.Upper, Overlay: m.overlay, OverlayReason: m.overlayReason, Unmounted: m.Unmounted,
+		Container: m.containerView(),
 	}
 	if m.tree == nil {
 		switch {

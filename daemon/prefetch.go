@@ -27,6 +27,7 @@ const (
 	fromPushed   = "referrer"
 	fromLandmark = "landmark"
 	fromSOCI     = "soci"
+	fromProgram  = "program"
 	fromNothing  = "none"
 )
 
@@ -71,6 +72,10 @@ type start struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
+	// runs is told the tree with its index, where a container starts in it: if nothing
+	// better is known, what any program needs is fetched.
+	runs chan *tree
+
 	image  *resolved
 	ask    func() (*profile.Profile, error) // for a pushed profile, once
 	local  *profile.Profile
@@ -96,6 +101,18 @@ func (m *mount) starting(kind string, n note) *start {
 	}
 	s.use = ProfileUse{Name: profile.Title(s.name), State: "looking"}
 	s.ctx, s.cancel = context.WithCancel(m.d.life)
+	return s
+}
+
+// soon prepares the start of an image of which a container comes next: what that will
+// need is fetched before there is a mount, which records.
+func (d *Daemon) soon(ctx context.Context, r *resolved) *start {
+	s := &start{
+		d: d, log: d.log.With("image", r.name.Familiar()), note: func(event) {}, mode: prefetchProfile,
+		kind: faceKernel, quiet: new(time.Duration), runs: make(chan *tree, 1),
+	}
+	s.ctx, s.cancel = context.WithCancel(ctx)
+	s.resolved(r)
 	return s
 }
 
@@ -174,6 +191,9 @@ func (s *start) mounted() {
 // fetch brings what the start will need, and then the rest if it was asked for.
 func (s *start) fetch(t *tree) {
 	source, wants, err := s.wants(t)
+	if source == fromNothing && s.runs != nil {
+		source = fromProgram
+	}
 	s.mu.Lock()
 	s.use.Source, s.use.State = source, "fetching"
 	for _, w := range wants {
@@ -193,6 +213,9 @@ func (s *start) fetch(t *tree) {
 			s.log.Warn("what a start needs could not all be fetched ahead", "source", source, "err", err)
 		}
 	}
+	if source == fromProgram {
+		err = s.program()
+	}
 	if s.fetchedAhead(err); s.ctx.Err() != nil {
 		return
 	}
@@ -201,6 +224,20 @@ func (s *start) fetch(t *tree) {
 	}
 	if s.mode == prefetchAll {
 		s.fill(t)
+	}
+}
+
+// program brings what a container reads before its program does anything.
+func (s *start) program() error {
+	select {
+	case t := <-s.runs:
+		c, err := s.d.imageConfig(s.image.manifest)
+		if err != nil {
+			return err
+		}
+		return newProgram(t, c).bring(s.ctx, s.d.fetcher)
+	case <-s.ctx.Done():
+		return s.ctx.Err()
 	}
 }
 
@@ -282,6 +319,9 @@ func (s *start) wantsOf(p *profile.Profile) []fetch.Want {
 	for i, u := range p.Uses {
 		wants[i] = fetch.Want{Layer: s.layers[u.Layer], Off: u.Off, N: u.N}
 		missing[i] = !s.layers[u.Layer].Has(u.Off, u.N)
+	}
+	for i, was := range s.d.chains.missed(s.image.manifest.Digest.String(), p) {
+		missing[i] = missing[i] || was // what has come meanwhile came for this start
 	}
 	s.mu.Lock()
 	s.used, s.missing = p, missing

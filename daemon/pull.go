@@ -24,12 +24,19 @@ type PullOptions struct {
 	Full         bool  `json:"full,omitempty"`          // every byte, and not only what a mount needs
 	AllPlatforms bool  `json:"all_platforms,omitempty"` // of a manifest list; Platform does not count
 	Rate         int64 `json:"rate,omitempty"`          // bytes a second, 0 for no limit
+	Containerd   bool  `json:"containerd,omitempty"`    // it is here for containerd's containers
 }
 
 // Pulled is what came of a pull.
 type Pulled struct {
 	Ref    string `json:"Ref"`    // canonical
 	Digest string `json:"Digest"` // of what it points at: the image ID
+
+	// Of an image for containerd: the digest of the platform's manifest; by digest that
+	// manifest, its config, and the lists that lead to it; why it cannot be lazy.
+	Manifest  string            `json:"Manifest,omitempty"`
+	Documents map[string][]byte `json:"Documents,omitempty"`
+	NotLazy   string            `json:"NotLazy,omitempty"`
 }
 
 // Pull brings an image here: its documents and the indexes of its layers, so that
@@ -46,6 +53,9 @@ func (d *Daemon) Pull(ctx context.Context, o PullOptions, n note) (*Pulled, erro
 	if err == nil {
 		err = checkRate(o.Rate)
 	}
+	if err == nil && o.Containerd {
+		err = o.forContainerd(name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
@@ -59,9 +69,11 @@ func (d *Daemon) Pull(ctx context.Context, o PullOptions, n note) (*Pulled, erro
 	if err := p.pull(ctx); err != nil {
 		return nil, err
 	}
-	out := &Pulled{Ref: name.String(), Digest: p.target}
+	out := &p.out
+	out.Ref, out.Digest = name.String(), p.target
 	n.say("Digest: %s", out.Digest)
 	switch {
+	case o.Containerd: // whether it is new there, who asked will know
 	case !p.asked:
 		n.say("Status: Image is here for %s, its registry gives no answer", name.Familiar())
 	case before == p.target:
@@ -101,6 +113,7 @@ type pulling struct {
 
 	target string // what the name was found to point at
 	asked  bool   // the registry, and it answered
+	out    Pulled
 }
 
 func (p *pulling) pull(ctx context.Context) error {
@@ -176,7 +189,11 @@ func (p *pulling) one(ctx context.Context, o ImageOptions) error {
 		return fmt.Errorf("pull %s: it was changed in its registry meanwhile: pull it again", p.name.Familiar())
 	}
 	p.asked = r.known == nil || p.name.IsLocal()
-	if m, config, err := p.images.Get(p.name, o.Platform); err == nil && m.Target == r.manifest.Target && m.Digest == r.manifest.Digest {
+	if p.Containerd {
+		if err := p.pin(t); err != nil {
+			return fmt.Errorf("pull %s: %w", p.name.Familiar(), err)
+		}
+	} else if m, config, err := p.images.Get(p.name, o.Platform); err == nil && m.Target == r.manifest.Target && m.Digest == r.manifest.Digest {
 		r.known = config // so that it need not be asked for
 	}
 	if p.target == "" {
@@ -187,13 +204,27 @@ func (p *pulling) one(ctx context.Context, o ImageOptions) error {
 		p.note.say("Platform %s", o.Platform)
 	}
 	x := &opening{tree: t, note: p.note, rate: p.Rate, full: p.Full, say: true}
+	var next *start
+	if p.Containerd {
+		next = p.soon(p.life, r)
+		r.ready = next.opened
+	}
 	if err = x.open(ctx); err == nil && p.Full {
 		err = x.fill(ctx)
+	}
+	if p.Containerd {
+		if err == nil {
+			t.retain()
+			_, err = p.chains.keep(t, next)
+		} else {
+			next.cancel()
+		}
+		err = p.settle(t, err)
 	}
 	if err != nil {
 		return fmt.Errorf("pull %s: %w", p.name.Familiar(), err)
 	}
-	if !p.Full {
+	if !p.Full && p.out.NotLazy == "" {
 		x.loud()
 	}
 	return nil
@@ -241,6 +272,9 @@ func (x *opening) open(ctx context.Context) error {
 	eg.Go(func() error { _, err := t.diffIDs(); return err })
 	if err := eg.Wait(); err != nil {
 		return err
+	}
+	if ready := t.resolved.ready; ready != nil {
+		ready(t)
 	}
 	if err := t.keep(); err != nil {
 		return err

@@ -14,13 +14,23 @@ import (
 // Remove deletes a mount's record and its changes. One that is mounted is
 // refused, unless forced.
 func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
+	ended, err := d.settle(o)
+	if err != nil {
+		return Removed{}, err
+	}
+	if ended != nil {
+		o.Mount = ended.ID
+	}
 	d.mu.Lock()
 	m, err := d.find(o.Mount)
 	switch {
+	case ended != nil && errors.Is(err, errNoMount): // its end has removed it
+		d.mu.Unlock()
+		return Removed{ID: ended.ID, Name: ended.Name}, nil
 	case err != nil:
 	case m.Base:
 		err = m.notOurs()
-	case m.coming:
+	case m.coming || m.proc != nil:
 		err = m.onItsWay()
 	case m.jobs != 0:
 		err = &Error{Message: fmt.Sprintf("the mount %q is in use: try again when that has ended", m.Name), Exit: ExitBusy}
@@ -36,6 +46,12 @@ func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
 		return Removed{}, err
 	}
 	r := Removed{ID: m.ID, Name: m.Name}
+	if err := d.dropContainer(m); err != nil {
+		d.mu.Lock()
+		m.jobs = 0
+		d.mu.Unlock()
+		return r, fmt.Errorf("remove %s: %w", m.Name, err)
+	}
 	if m.Upper != "" {
 		if r.Bytes, err = m.dropUpper(); err != nil {
 			d.mu.Lock()
@@ -99,7 +115,7 @@ func (d *Daemon) Prune() ([]Removed, error) {
 	d.mu.Lock()
 	var ids []string
 	for _, m := range d.mounts {
-		if m.Unmounted != nil && !m.coming && m.jobs == 0 && m.tree == nil {
+		if m.Unmounted != nil && !m.coming && m.jobs == 0 && m.tree == nil && m.proc == nil {
 			ids = append(ids, m.ID)
 		}
 	}

@@ -67,7 +67,10 @@ func (d *Daemon) named(o MountOptions) (*mount, error) {
 		if o.Name == "" || other.Name != o.Name {
 			continue
 		}
-		if other.Unmounted == nil || other.coming || other.jobs < 0 {
+		if o.proc != nil && o.proc.made != nil {
+			return nil, &Error{Message: fmt.Sprintf("the name %q is already in use by %s of %s: remove it (varve rm) or choose another with --name", o.Name, other.ID[:12], other.Image), Exit: ExitBusy}
+		}
+		if other.Unmounted == nil || other.coming || other.jobs < 0 || other.proc != o.proc {
 			return nil, &Error{Message: fmt.Sprintf("the name %q is in use by the mount %s of %s: umount it or choose another with --name", o.Name, other.ID[:12], other.Image), Exit: ExitBusy}
 		}
 		kept = other
@@ -91,7 +94,11 @@ func (d *Daemon) named(o MountOptions) (*mount, error) {
 	} else if !validName.MatchString(o.Name) {
 		return nil, fmt.Errorf("name %q: want letters, digits, '_', '.' and '-', a letter or digit first%w", o.Name, silent{errUsage})
 	}
-	return &mount{record: record{MountOptions: o, ID: newID(), Created: time.Now()}, d: d}, nil
+	m := &mount{record: record{MountOptions: o, ID: newID(), Created: time.Now()}, d: d, proc: o.proc}
+	if o.proc != nil {
+		m.Container = o.proc.made
+	}
+	return m, nil
 }
 
 // again prepares a mount whose changes were kept for coming back, as o asks.
@@ -119,7 +126,7 @@ func (m *mount) again(o MountOptions) error {
 	if o.Face != "" {
 		m.Face = o.Face
 	}
-	m.Setuid = o.Setuid
+	m.Setuid = o.Setuid || m.Container != nil && os.Geteuid() == 0
 	m.Prefetch, m.Profile, m.RecordFor = o.Prefetch, o.Profile, o.RecordFor
 	m.target = m.Target
 	return nil

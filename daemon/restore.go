@@ -78,8 +78,11 @@ func (d *Daemon) restore(ctx context.Context) {
 		}
 		m.coming = true
 		wg.Go(func() {
-			outcome := "remounted"
-			if err := d.bringBack(ctx, m); err != nil {
+			outcome, back := "remounted", d.bringBack
+			if m.Container != nil && m.Container.Active {
+				back = d.resumeContainer
+			}
+			if err := back(ctx, m); err != nil {
 				outcome = "failed"
 				d.mu.Lock()
 				m.err, m.coming = err, false
@@ -112,6 +115,7 @@ func (d *Daemon) sweep() {
 		os.Remove(path)
 	}
 	d.sweepUppers()
+	d.sweepContainers()
 	d.sweepProfiles()
 }
 

@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
@@ -25,7 +24,7 @@ import (
 
 // serve answers on the socket, and Prometheus on a loopback port if asked, until
 // ctx ends.
-func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) error {
+func (d *Daemon) serve(ctx context.Context, c Config, ready func()) error {
 	inherited, err := inheritedSockets()
 	if err != nil {
 		return err
@@ -41,18 +40,18 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 		return err
 	}
 	srv := &http.Server{Handler: d.mux(), BaseContext: func(net.Listener) context.Context { return ctx }, ReadHeaderTimeout: 10 * time.Second}
-	failed := make(chan error, 3)
+	failed := make(chan error, 2+len(c.Services))
 	go func() { failed <- srv.Serve(peers{l}) }()
-	if metricsAddr != "" {
-		ms, err := d.serveMetrics(metricsAddr, failed)
+	if c.Metrics != "" {
+		ms, err := d.serveMetrics(c.Metrics, failed)
 		if err != nil {
 			srv.Close()
 			return err
 		}
 		defer ms.Close()
 	}
-	if os.Geteuid() == 0 { // as containerd is
-		stop, err := d.serveSnapshots(inherited[snapshotsName], failed)
+	for _, s := range c.Services {
+		stop, err := d.serveOn(s, c, inherited, failed)
 		if err != nil {
 			srv.Close()
 			return err
@@ -74,40 +73,6 @@ func (d *Daemon) serve(ctx context.Context, metricsAddr string, ready func()) er
 	defer cancel()
 	srv.Shutdown(shut)
 	return err
-}
-
-// listen makes a socket of our own.
-func listen(path string) (net.Listener, error) {
-	if err := removeDeadSocket(path); err != nil {
-		return nil, err
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
-	}
-	return l, nil
-}
-
-// The names by which systemd hands sockets over, as the units give them.
-const (
-	socketName    = "varve"
-	snapshotsName = "varve-snapshotter"
-)
-
-// inheritedSockets gives the sockets that systemd listens on in our stead: they are
-// there before we are, so that nobody finds nobody there.
-func inheritedSockets() (map[string]net.Listener, error) {
-	named, err := activation.ListenersWithNames()
-	if err != nil {
-		return nil, fmt.Errorf("sockets of systemd: %w", err)
-	}
-	out := map[string]net.Listener{}
-	for name, ls := range named {
-		if len(ls) > 0 && ls[0] != nil {
-			out[name] = ls[0]
-		}
-	}
-	return out, nil
 }
 
 // removeDeadSocket makes room for ours where a daemon died. The path may have
@@ -263,12 +228,14 @@ func (d *Daemon) mux() *http.ServeMux {
 		return event{Profile: p}, err
 	})
 	handle(mux, "POST /v1/store/drop", func(_ context.Context, o DropOptions) (any, error) { return d.Drop(o) })
+	d.handleContainers(mux)
 	handle(mux, "POST /v1/diff", func(ctx context.Context, o UnmountOptions) (any, error) { return d.Diff(ctx, o.Mount) })
 	handle(mux, "POST /v1/rm", func(_ context.Context, o UnmountOptions) (any, error) { return d.Remove(o) })
 	handle(mux, "POST /v1/prune", func(context.Context, struct{}) (any, error) { return d.Prune() })
 	handle(mux, "POST /v1/stat", func(ctx context.Context, o ExportOptions) (any, error) { return d.stat(ctx, o) })
 	pour(mux, "POST /v1/export", d.export)
 	pour(mux, "POST /v1/save", d.save)
+	pour(mux, "POST /v1/layer", d.layerBlob)
 	handle(mux, "POST /v1/unmount", func(_ context.Context, o UnmountOptions) (any, error) { return d.Unmount(o) })
 	handle(mux, "POST /v1/inspect", func(ctx context.Context, o UnmountOptions) (any, error) { return d.inspect(ctx, o.Mount) })
 	mux.HandleFunc("POST /v1/ls", d.handleList)

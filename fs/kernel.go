@@ -103,6 +103,9 @@ func MountKernel(dir, index string, devices []string, o Options) (*Kernel, error
 	return &Kernel{dir: dir, done: make(chan struct{})}, nil
 }
 
+// Adopt takes up a mount of the kernel's that another process made.
+func Adopt(dir string) *Kernel { return &Kernel{dir: dir, done: make(chan struct{})} }
+
 // moveBeneath is MOVE_MOUNT_BENEATH of include/uapi/linux/mount.h, Linux 6.5.
 const moveBeneath = 0x200
 

@@ -2,7 +2,9 @@ package snapshotter
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,16 +13,18 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+
+	"github.com/varvefs/varve/daemon"
 )
 
 // lower is what a snapshot lies on where some of it is remote: nothing of what lies
 // below a remote snapshot is not.
 type lower struct {
 	s     *Snapshotter
-	chain Chain
+	chain daemon.Chain
 	local []string // directories of what lies above the chain, the highest first
 	dir   string   // where the chain is mounted
-	empty string   // a directory with nothing in it
+	link  string   // that can lead there, beside local
 }
 
 // lower mounts what is remote below a snapshot that is made on parent. It gives nil
@@ -75,18 +79,18 @@ func (s *Snapshotter) find(ctx context.Context, parent string) (*lower, error) {
 		if err != nil {
 			return nil, err
 		}
-		tree := filepath.Join(s.dirOf(id), "fs")
 		if r != nil {
-			l.chain, l.empty = r.Chain, tree
+			l.chain, l.link = r.Chain, filepath.Join(s.dirOf(id), "lower")
 			return l, nil
 		}
-		l.local = append(l.local, tree)
+		l.local = append(l.local, filepath.Join(s.dirOf(id), "fs"))
 	}
 	return nil, nil
 }
 
 // below gives the mounts of a snapshot: overlayfs, with one directory where its
-// remote snapshots would have one each.
+// remote snapshots would have one each. A view of nothing else is that directory, as
+// containerd's own has it: who compares two snapshots goes by that.
 func (l *lower) below(ctx context.Context, key string, mounts []mount.Mount) ([]mount.Mount, error) {
 	if l == nil {
 		return mounts, nil
@@ -95,7 +99,14 @@ func (l *lower) below(ctx context.Context, key string, mounts []mount.Mount) ([]
 	if err != nil {
 		return nil, err
 	}
-	dirs := append(slices.Clone(l.local), l.dir)
+	lowest := l.dir
+	if len(l.local) > 0 {
+		if lowest, err = l.linked(); err != nil {
+			return nil, err
+		}
+	} else if info.Kind == snapshots.KindView {
+		return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}, nil
+	}
 	m := mount.Mount{Type: "overlay", Source: "overlay"}
 	for _, o := range mounts[0].Options {
 		// A view of one directory is a bind mount of that.
@@ -103,11 +114,22 @@ func (l *lower) below(ctx context.Context, key string, mounts []mount.Mount) ([]
 			m.Options = append(m.Options, o)
 		}
 	}
-	if info.Kind == snapshots.KindView && len(dirs) == 1 {
-		dirs = append(dirs, l.empty) // overlayfs wants two
-	}
-	m.Options = append(m.Options, "lowerdir="+strings.Join(dirs, ":"))
+	m.Options = append(m.Options, "lowerdir="+strings.Join(append(slices.Clone(l.local), lowest), ":"))
 	return []mount.Mount{m}, nil
+}
+
+// linked gives a name of where the chain is mounted that lies beside the others: the
+// names of all layers are to fit a page, and containerd shortens them by the
+// directory that they have in common.
+func (l *lower) linked() (string, error) {
+	if to, err := os.Readlink(l.link); err == nil && to == l.dir {
+		return l.link, nil
+	}
+	temp := l.link + "-" + rand.Text()
+	if err := os.Symlink(l.dir, temp); err != nil {
+		return "", err
+	}
+	return l.link, os.Rename(temp, l.link)
 }
 
 // rest has chains that nobody lies on unmounted after a while.
@@ -130,10 +152,10 @@ func (s *Snapshotter) rest() {
 // unmountIdle unmounts the chains that no container lies on, or, where only those
 // that are gone are meant, that no snapshot stands for. It gives the chains of all
 // remote snapshots.
-func (s *Snapshotter) unmountIdle(ctx context.Context, gone bool) (all []Chain, err error) {
+func (s *Snapshotter) unmountIdle(ctx context.Context, gone bool) (all []daemon.Chain, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	used := map[Chain]bool{}
+	used := map[daemon.Chain]bool{}
 	for c := range s.coming {
 		used[c] = true
 	}

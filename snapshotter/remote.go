@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/varvefs/varve/daemon"
 )
 
 // chainFile is in a remote snapshot's directory, and says which layers it stands
@@ -22,23 +24,23 @@ const chainFile = "image.json"
 
 // remote is what chainFile holds.
 type remote struct {
-	Chain
+	daemon.Chain
 	ID string `json:"chain"` // the chain ID of its layers
 }
 
 // target says of which layer a snapshot is to become the snapshot, "" if of none
 // that an image is named for.
-func target(opts []snapshots.Opt) (name string, of Image, layer string, all map[string]string) {
+func target(opts []snapshots.Opt) (name string, of daemon.ImageRef, layer string, all map[string]string) {
 	var info snapshots.Info
 	for _, o := range opts {
 		if o(&info) != nil {
-			return "", Image{}, "", nil
+			return "", daemon.ImageRef{}, "", nil
 		}
 	}
 	l := info.Labels
-	of = Image{Name: l[snapshotters.TargetRefLabel], Manifest: l[snapshotters.TargetManifestDigestLabel]}
+	of = daemon.ImageRef{Name: l[snapshotters.TargetRefLabel], Manifest: l[snapshotters.TargetManifestDigestLabel]}
 	if of.Name == "" || of.Manifest == "" {
-		return "", Image{}, "", nil
+		return "", daemon.ImageRef{}, "", nil
 	}
 	return l[snapshots.LabelSnapshotRef], of, l[snapshotters.TargetLayerDigestLabel], l
 }
@@ -73,7 +75,7 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, key, parent string, opt
 }
 
 // place gives the chain with this ID among the layers of an image.
-func (s *Snapshotter) place(ctx context.Context, id string, of Image, layer string, below *remote) (*Chain, error) {
+func (s *Snapshotter) place(ctx context.Context, id string, of daemon.ImageRef, layer string, below *remote) (*daemon.Chain, error) {
 	ls, err := s.images.Layers(ctx, of)
 	if err != nil {
 		return nil, err
@@ -88,7 +90,7 @@ func (s *Snapshotter) place(ctx context.Context, id string, of Image, layer stri
 			continue
 		}
 		if i == 0 && below == nil || i > 0 && below != nil && below.ID == ids[i-1].String() {
-			return &Chain{of, i + 1}, nil
+			return &daemon.Chain{ImageRef: of, Layers: i + 1}, nil
 		}
 	}
 	return nil, fmt.Errorf("the image has no layer %s in that place", layer)
@@ -97,23 +99,30 @@ func (s *Snapshotter) place(ctx context.Context, id string, of Image, layer stri
 // commitRemote makes a remote snapshot. One that is there already, from another
 // namespace or another pull, will do.
 func (s *Snapshotter) commitRemote(ctx context.Context, key, parent string, r remote, opt snapshots.Opt) error {
-	if _, err := s.local.Prepare(ctx, key, parent, opt); err != nil {
+	there := false
+	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		made, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent, opt)
+		if err != nil {
+			return err
+		}
+		dir := s.dirOf(made.ID)
+		defer func() {
+			if err != nil { // before another is given the ID
+				err = errors.Join(err, os.RemoveAll(dir))
+			}
+		}()
+		if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o755); err != nil {
+			return err
+		}
+		if err := writeChain(filepath.Join(dir, chainFile), r); err != nil {
+			return err
+		}
+		_, err = storage.CommitActive(ctx, key, r.ID, snapshots.Usage{}, opt)
+		there = errdefs.IsAlreadyExists(err)
 		return err
-	}
-	dir, err := s.dir(ctx, key)
-	if err == nil {
-		err = writeChain(filepath.Join(dir, chainFile), r)
-	}
-	if err == nil {
-		err = s.local.Commit(ctx, r.ID, key, opt)
-	}
-	if err != nil {
-		if rerr := s.local.Remove(context.WithoutCancel(ctx), key); rerr != nil {
-			err = errors.Join(err, rerr)
-		}
-		if errdefs.IsAlreadyExists(err) {
-			return nil
-		}
+	})
+	if there {
+		return nil
 	}
 	return err
 }
@@ -176,7 +185,7 @@ func (s *Snapshotter) remote(ctx context.Context, key string) (*remote, error) {
 }
 
 // chain is remote for who only needs the chain.
-func (s *Snapshotter) chain(ctx context.Context, key string) (*Chain, error) {
+func (s *Snapshotter) chain(ctx context.Context, key string) (*daemon.Chain, error) {
 	r, err := s.remote(ctx, key)
 	if r == nil {
 		return nil, err

@@ -20,41 +20,26 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/varvefs/varve/daemon"
 )
 
-// Image is an image as a client of containerd named it.
-type Image struct {
-	Name     string `json:"name"`     // by which it was pulled
-	Manifest string `json:"manifest"` // digest of its platform's manifest
-}
-
-// Layer is a layer of an image.
-type Layer struct {
-	Digest string // of the blob
-	DiffID string
-}
-
-// Chain is an image's layers from the lowest up to some layer.
-type Chain struct {
-	Image
-	Layers int `json:"layers"`
-}
-
-// Images has the images. Its methods may be called from any goroutine.
+// Images has the images that remote snapshots are of, as [daemon.Chains] does. Its
+// methods may be called from any goroutine.
 type Images interface {
 	// Layers has every layer of an image opened and gives them, the lowest first. An
 	// error is why the image cannot be mounted.
-	Layers(context.Context, Image) ([]Layer, error)
+	Layers(context.Context, daemon.ImageRef) ([]daemon.LayerID, error)
 	// Mount has a chain mounted as one directory and gives that. It stays the same
 	// mount until Unmount.
-	Mount(context.Context, Chain) (dir string, err error)
+	Mount(context.Context, daemon.Chain) (dir string, err error)
 	// Unmount takes away all chains that are mounted but for these.
-	Unmount(context.Context, map[Chain]bool) error
+	Unmount(context.Context, map[daemon.Chain]bool) error
 	// Usage gives what a chain's highest layer takes on this machine's disk.
-	Usage(context.Context, Chain) (bytes int64, err error)
+	Usage(context.Context, daemon.Chain) (bytes int64, err error)
 	// Forget deletes what is kept of a chain's highest layer, unless one of those
 	// that are left needs it, or anybody else.
-	Forget(ctx context.Context, gone Chain, left []Chain) error
+	Forget(ctx context.Context, gone daemon.Chain, left []daemon.Chain) error
 }
 
 // Config is what a Snapshotter is made of. All of it is needed but Linger.
@@ -78,8 +63,8 @@ type Snapshotter struct {
 	fell   prometheus.Counter
 	linger time.Duration
 
-	mu     sync.Mutex    // guards what follows; held while chains are taken away
-	coming map[Chain]int // on which snapshots are being made
+	mu     sync.Mutex           // guards what follows; held while chains are taken away
+	coming map[daemon.Chain]int // on which snapshots are being made
 	idle   *time.Timer
 	closed bool
 }
@@ -98,7 +83,7 @@ func New(c Config) (*Snapshotter, error) {
 		meta.Close()
 		return nil, fmt.Errorf("snapshotter: %w", err)
 	}
-	s := &Snapshotter{local: local, meta: meta, root: c.Root, images: c.Images, log: c.Log, fell: c.Fell, linger: c.Linger, coming: map[Chain]int{}}
+	s := &Snapshotter{local: local, meta: meta, root: c.Root, images: c.Images, log: c.Log, fell: c.Fell, linger: c.Linger, coming: map[daemon.Chain]int{}}
 	if s.linger == 0 {
 		s.linger = 10 * time.Minute
 	}

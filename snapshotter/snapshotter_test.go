@@ -22,29 +22,31 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/varvefs/varve/daemon"
 )
 
 // images has the images that it was given, and a directory for each chain that is
 // mounted.
 type images struct {
 	dir    string
-	layers map[string][]Layer // by manifest
+	layers map[string][]daemon.LayerID // by manifest
 
 	mu      sync.Mutex // guards what follows
 	mounts  int        // how often a chain was mounted that was not
-	mounted map[Chain]bool
-	gone    []Chain
+	mounted map[daemon.Chain]bool
+	gone    []daemon.Chain
 	err     error // of Mount
 }
 
-func (im *images) Layers(_ context.Context, of Image) ([]Layer, error) {
+func (im *images) Layers(_ context.Context, of daemon.ImageRef) ([]daemon.LayerID, error) {
 	if ls, ok := im.layers[of.Manifest]; ok {
 		return ls, nil
 	}
 	return nil, errors.New("there is no such image")
 }
 
-func (im *images) Mount(_ context.Context, c Chain) (string, error) {
+func (im *images) Mount(_ context.Context, c daemon.Chain) (string, error) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	if im.err != nil {
@@ -58,18 +60,18 @@ func (im *images) Mount(_ context.Context, c Chain) (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-func (im *images) Unmount(_ context.Context, stay map[Chain]bool) error {
+func (im *images) Unmount(_ context.Context, stay map[daemon.Chain]bool) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
-	maps.DeleteFunc(im.mounted, func(c Chain, _ bool) bool { return !stay[c] })
+	maps.DeleteFunc(im.mounted, func(c daemon.Chain, _ bool) bool { return !stay[c] })
 	return nil
 }
 
-func (im *images) Usage(_ context.Context, c Chain) (int64, error) {
+func (im *images) Usage(_ context.Context, c daemon.Chain) (int64, error) {
 	return int64(1000 * c.Layers), nil
 }
 
-func (im *images) Forget(_ context.Context, gone Chain, left []Chain) error {
+func (im *images) Forget(_ context.Context, gone daemon.Chain, left []daemon.Chain) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	if !slices.Contains(left, gone) {
@@ -78,7 +80,7 @@ func (im *images) Forget(_ context.Context, gone Chain, left []Chain) error {
 	return nil
 }
 
-func (im *images) up() (all []Chain) {
+func (im *images) up() (all []daemon.Chain) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	return slices.Collect(maps.Keys(im.mounted))
@@ -89,14 +91,14 @@ type fixture struct {
 	*Snapshotter
 	t      *testing.T
 	images *images
-	image  Image
+	image  daemon.ImageRef
 	chains []string // chain IDs
 }
 
 func newFixture(t *testing.T, linger time.Duration) *fixture {
 	needRoot(t)
 	of, layers, chains := fakeImage("app", "a", "b", "c")
-	f := &fixture{t: t, image: of, chains: chains, images: &images{dir: t.TempDir(), mounted: map[Chain]bool{}, layers: map[string][]Layer{of.Manifest: layers}}}
+	f := &fixture{t: t, image: of, chains: chains, images: &images{dir: t.TempDir(), mounted: map[daemon.Chain]bool{}, layers: map[string][]daemon.LayerID{of.Manifest: layers}}}
 	f.open(t.TempDir(), linger)
 	return f
 }
@@ -111,23 +113,23 @@ func (f *fixture) open(root string, linger time.Duration) {
 }
 
 // fakeImage gives an image whose layers have these contents.
-func fakeImage(name string, contents ...string) (Image, []Layer, []string) {
-	var layers []Layer
+func fakeImage(name string, contents ...string) (daemon.ImageRef, []daemon.LayerID, []string) {
+	var layers []daemon.LayerID
 	var ids []digest.Digest
 	for _, c := range contents {
 		id := digest.FromString("tar of " + c)
-		layers = append(layers, Layer{Digest: digest.FromString("blob of " + c).String(), DiffID: id.String()})
+		layers = append(layers, daemon.LayerID{Digest: digest.FromString("blob of " + c).String(), DiffID: id.String()})
 		ids = append(ids, id)
 	}
 	var chains []string
 	for _, c := range identity.ChainIDs(ids) {
 		chains = append(chains, c.String())
 	}
-	return Image{Name: "example.org/" + name + ":1", Manifest: digest.FromString(name).String()}, layers, chains
+	return daemon.ImageRef{Name: "example.org/" + name + ":1", Manifest: digest.FromString(name).String()}, layers, chains
 }
 
 // labelsOf gives the labels with which clients pull the layer of a chain.
-func (f *fixture) labelsOf(of Image, layer, chain string) map[string]string {
+func (f *fixture) labelsOf(of daemon.ImageRef, layer, chain string) map[string]string {
 	return map[string]string{
 		snapshots.LabelSnapshotRef: chain, snapshotters.TargetRefLabel: of.Name,
 		snapshotters.TargetManifestDigestLabel: of.Manifest, snapshotters.TargetLayerDigestLabel: layer,
@@ -135,7 +137,7 @@ func (f *fixture) labelsOf(of Image, layer, chain string) map[string]string {
 }
 
 // pull prepares the first n layers, as clients do.
-func (f *fixture) pull(of Image, chains []string, n int) {
+func (f *fixture) pull(of daemon.ImageRef, chains []string, n int) {
 	f.t.Helper()
 	parent := ""
 	for i := range n {
@@ -194,7 +196,7 @@ func TestRemote(t *testing.T) {
 	if n := len(f.images.up()); n != 0 {
 		t.Fatalf("%d chains are mounted before a container is there", n)
 	}
-	whole := Chain{f.image, 3}
+	whole := daemon.Chain{ImageRef: f.image, Layers: 3}
 	lower := filepath.Join(f.images.dir, digest.Digest(f.image.Manifest).Encoded()[:8]+"-3")
 	for _, key := range []string{"one", "two"} {
 		m := f.prepare(key, f.chains[2])
@@ -216,7 +218,7 @@ func TestRemote(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if dirs := strings.Split(option(t, m, "lowerdir"), ":"); len(dirs) != 2 || dirs[0] != lower || option(t, m, "upperdir") != "" {
+	if len(m) != 1 || m[0].Type != "bind" || m[0].Source != lower || !slices.Contains(m[0].Options, "ro") {
 		t.Errorf("a view is %v", m)
 	}
 	mounted(t, m, func(dir string) {
@@ -228,14 +230,14 @@ func TestRemote(t *testing.T) {
 		t.Errorf("usage %+v, %v", u, err)
 	}
 	f.remove("one", "two", "view")
-	if up := f.images.up(); !slices.Equal(up, []Chain{whole}) {
+	if up := f.images.up(); !slices.Equal(up, []daemon.Chain{whole}) {
 		t.Errorf("mounted after the last container: %v", up)
 	}
 	f.remove(f.chains[2], f.chains[1], f.chains[0])
 	if up := f.images.up(); len(up) != 0 {
 		t.Errorf("mounted after the image has gone: %v", up)
 	}
-	if want := []Chain{{f.image, 3}, {f.image, 2}, {f.image, 1}}; !slices.Equal(f.images.gone, want) {
+	if want := []daemon.Chain{{ImageRef: f.image, Layers: 3}, {ImageRef: f.image, Layers: 2}, {ImageRef: f.image, Layers: 1}}; !slices.Equal(f.images.gone, want) {
 		t.Errorf("forgotten: %v, want %v", f.images.gone, want)
 	}
 	if left, _ := os.ReadDir(filepath.Join(f.root, "snapshots")); len(left) != 0 {
@@ -252,6 +254,12 @@ func mounted(t *testing.T, m []mount.Mount, f func(dir string)) {
 	}
 	defer mount.UnmountAll(dir, 0)
 	f(dir)
+}
+
+// leads reports whether a name beside other snapshots leads to a directory.
+func leads(name, dir string) bool {
+	to, err := os.Readlink(name)
+	return err == nil && to == dir
 }
 
 // TestMixed has a layer unpacked on remote ones, and a remote one asked for above
@@ -280,7 +288,7 @@ func TestMixed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if dirs := strings.Split(option(t, m, "lowerdir"), ":"); len(dirs) != 2 || dirs[1] != lower {
+	if dirs := strings.Split(option(t, m, "lowerdir"), ":"); len(dirs) != 2 || !leads(dirs[1], lower) {
 		t.Errorf("lowerdir %v", dirs)
 	}
 	mounted(t, m, func(dir string) {
@@ -294,7 +302,7 @@ func TestMixed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if dirs := strings.Split(option(t, v, "lowerdir"), ":"); len(dirs) != 2 || dirs[1] != lower {
+	if dirs := strings.Split(option(t, v, "lowerdir"), ":"); len(dirs) != 2 || !leads(dirs[1], lower) {
 		t.Errorf("a view's lowerdir %v", dirs)
 	}
 }
@@ -346,7 +354,7 @@ func TestShared(t *testing.T) {
 	f.images.layers[other.Manifest] = layers
 	var wg sync.WaitGroup
 	for _, of := range []struct {
-		image  Image
+		image  daemon.ImageRef
 		chains []string
 	}{{f.image, f.chains}, {f.image, f.chains}, {other, chains}} {
 		wg.Go(func() { f.pull(of.image, of.chains, 3) })
@@ -355,11 +363,11 @@ func TestShared(t *testing.T) {
 	f.prepare("one", f.chains[2])
 	f.prepare("two", chains[2])
 	up := f.images.up()
-	if len(up) != 2 || !slices.Contains(up, Chain{f.image, 3}) || !slices.Contains(up, Chain{other, 3}) {
+	if len(up) != 2 || !slices.Contains(up, daemon.Chain{ImageRef: f.image, Layers: 3}) || !slices.Contains(up, daemon.Chain{ImageRef: other, Layers: 3}) {
 		t.Errorf("mounted: %v", up)
 	}
 	f.remove("one", f.chains[2])
-	if up := f.images.up(); !slices.Equal(up, []Chain{{other, 3}}) {
+	if up := f.images.up(); !slices.Equal(up, []daemon.Chain{{ImageRef: other, Layers: 3}}) {
 		t.Errorf("mounted when one has gone: %v", up)
 	}
 	if err := f.Remove(t.Context(), chains[1]); err == nil {
@@ -385,7 +393,7 @@ func TestIdle(t *testing.T) {
 	f.idle1(1)
 	root := f.root
 	f.Close()
-	f.images.mounted = map[Chain]bool{{f.image, 2}: true} // whose container went with the last one
+	f.images.mounted = map[daemon.Chain]bool{{ImageRef: f.image, Layers: 2}: true} // whose container went with the last one
 	f.open(root, 10*time.Millisecond)
 	f.idle1(0)
 	if _, err := f.Mounts(t.Context(), "three"); err != nil {
@@ -429,7 +437,7 @@ func TestLabelsChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.prepare("one", f.chains[2])
-	if up := f.images.up(); !slices.Equal(up, []Chain{{f.image, 3}}) {
+	if up := f.images.up(); !slices.Equal(up, []daemon.Chain{{ImageRef: f.image, Layers: 3}}) {
 		t.Errorf("mounted: %v", up)
 	}
 }

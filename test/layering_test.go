@@ -20,9 +20,11 @@ const module = "github.com/varvefs/varve/"
 // whose table of contents is JSON, index/indextest below their tests. And what
 // measures and shows (bench and all below it, test) stands above everything; cmd/varve takes its demo from there.
 var arrows = map[string][]string{
-	"cmd/varve":         {"daemon", "bench/demo", "bench/link"},
-	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "fetch/profile", "commit", "image", "metrics", "snapshotter"},
-	"snapshotter":       {},
+	"cmd/varve":         {"daemon", "snapshotter", "run", "run/monitor", "install", "containerd", "bench/demo", "bench/link"},
+	"daemon":            {"fs", "fs/upper", "index", "index/...", "fetch", "fetch/store", "fetch/profile", "commit", "image", "metrics", "run", "run/monitor"},
+	"run":               {},
+	"run/monitor":       {"run"},
+	"snapshotter":       {"daemon", "image"},
 	"fs":                {"index", "fs/upper", "fetch/store", "metrics"},
 	"fs/upper":          {},
 	"index":             {},
@@ -40,6 +42,8 @@ var arrows = map[string][]string{
 	"commit":            {"index", "fs/upper", "image"},
 	"image":             {},
 	"metrics":           {},
+	"install":           {},
+	"containerd":        {"image"},
 	"bench":             {"..."},
 	"bench/...":         {"..."},
 	"test":              {"..."},
@@ -51,7 +55,7 @@ var foreign = map[string][]string{
 	"github.com/hanwen/go-fuse/":                              {"fs", "daemon", "test", "test/..."},
 	"github.com/google/go-containerregistry/":                 {"fetch", "commit", "image", "bench", "bench/...", "test", "test/..."},
 	"github.com/containerd/stargz-snapshotter/":               {"index/estargz", "index/zstdchunked", "commit", "bench", "bench/...", "test", "test/..."},
-	"github.com/containerd/containerd/":                       {"snapshotter", "daemon", "test", "test/..."},
+	"github.com/containerd/containerd/":                       {"snapshotter", "install", "containerd", "run", "test", "test/..."},
 	"github.com/prometheus/client_golang/prometheus/promhttp": {"daemon"},
 	"github.com/spf13/cobra":                                  {"cmd/varve", "bench/..."},
 	"github.com/moby/buildkit/":                               {"commit"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varvefs/varve/daemon"
+	"github.com/varvefs/varve/snapshotter"
 )
 
 func (a *app) daemonCmd() *cobra.Command {
@@ -49,6 +51,9 @@ func (a *app) daemonCmd() *cobra.Command {
 				c.Level = slog.LevelDebug
 			}
 			c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.Level}))
+			if os.Geteuid() == 0 { // as containerd is
+				c.Services = []daemon.Service{snapshotter.Service(d)}
+			}
 			limitMemory()
 			return daemon.Run(cmd.Context(), c, nil)
 		},
@@ -66,10 +71,29 @@ func (a *app) daemonCmd() *cobra.Command {
 				return err
 			}
 			c.Start = false
+			if ms, err := c.Mounts(cmd.Context()); err == nil {
+				if err := leaveContainers(cmd.Context(), c, ms); err != nil {
+					return err
+				}
+			}
 			return c.Stop(cmd.Context())
 		},
 	})
 	return cmd
+}
+
+// leaveContainers names the containers that go on without the daemon, but not well,
+// and has the kernel hand over what they have written.
+func leaveContainers(ctx context.Context, c *daemon.Client, ms []daemon.Mount) error {
+	for _, m := range ms {
+		if m.Container != nil && m.Container.State.Running && m.Container.Served {
+			if err := flush(ctx, c, m.ID); err != nil {
+				return err
+			}
+			c.Notice(fmt.Sprintf("warning: the container %s reads its image through the daemon: what it has not read yet it cannot read until it is started anew", m.Name))
+		}
+	}
+	return nil
 }
 
 // softMemory is what the daemon's heap may grow to before garbage is collected

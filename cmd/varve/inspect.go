@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varvefs/varve/daemon"
+	"github.com/varvefs/varve/run"
 )
 
 func (a *app) inspectCmd() *cobra.Command {
@@ -20,13 +21,17 @@ func (a *app) inspectCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ms := make([]daemon.Mount, 0, len(args))
+			ms := make([]any, 0, len(args))
 			for _, arg := range args {
 				m, err := c.Inspect(cmd.Context(), mountArg(arg))
 				if err != nil {
 					return err
 				}
-				ms = append(ms, m)
+				if m.Container != nil {
+					ms = append(ms, containerOf(m))
+				} else {
+					ms = append(ms, m)
+				}
 			}
 			switch format {
 			case "":
@@ -42,4 +47,32 @@ func (a *app) inspectCmd() *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&format, "format", "f", "", "a Go template for each mount, or json")
 	return cmd
+}
+
+// inspected is a mount with a process: what docker says of it under docker's keys.
+type inspected struct {
+	daemon.Mount
+	Path       string
+	Args       []string
+	State      daemon.ContainerState
+	MountState string
+	LogPath    string
+	Container  struct {
+		Options    run.Options
+		StopSignal int
+		AutoRemove bool
+		Socket     string
+		Served     bool
+	}
+}
+
+func containerOf(m daemon.Mount) inspected {
+	c := m.Container
+	v := inspected{Mount: m, State: c.State, MountState: m.State, LogPath: c.LogPath, Args: []string{}}
+	if len(c.Args) > 0 {
+		v.Path, v.Args = c.Args[0], c.Args[1:]
+	}
+	v.Container.Options, v.Container.StopSignal, v.Container.AutoRemove, v.Container.Socket = c.Options, int(c.StopSignal), c.Remove, c.Socket
+	v.Container.Served = c.Served
+	return v
 }

@@ -36,9 +36,12 @@ const exitInterrupted = 130
 func exitCode(err error) int {
 	var e *daemon.Error
 	var u usageError
+	var ended exited
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &ended):
+		return int(ended)
 	case errors.Is(err, context.Canceled):
 		return exitInterrupted
 	case errors.As(err, &e) && e.Exit != 0:
@@ -51,6 +54,9 @@ func exitCode(err error) int {
 
 // message is what the user is told of an error, "" if nothing.
 func message(err error) string {
+	if _, ok := err.(exited); ok {
+		return "" // what ran has said what it had to say
+	}
 	switch {
 	case err == nil:
 		return ""
@@ -113,9 +119,10 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w (varve %s --help)", err, cmd.Name())}
 	})
-	root.AddCommand(a.mountCmd(), a.umountCmd(), a.rmCmd(), a.pruneCmd(), a.psCmd(), a.inspectCmd(), a.indexCmd(), a.profileCmd(), a.storeCmd(), a.lsCmd(), a.catCmd(),
+	root.AddCommand(a.runCmd(), a.execCmd(), a.startCmd(), a.stopCmd(), a.killCmd(), a.waitCmd(), a.logsCmd(), a.attachCmd(), a.monitorCmd(),
+		a.mountCmd(), a.umountCmd(), a.rmCmd(), a.pruneCmd(), a.psCmd(), a.inspectCmd(), a.indexCmd(), a.profileCmd(), a.storeCmd(), a.lsCmd(), a.catCmd(),
 		a.diffCmd(), a.commitCmd(), a.exportCmd(), a.saveCmd(), a.pullCmd(), a.warmCmd(), a.pushCmd(), a.convertCmd(), a.cpCmd(),
-		a.daemonCmd(), a.versionCmd(), a.demoCmd())
+		a.daemonCmd(), a.installCmd(), a.uninstallCmd(), a.versionCmd(), a.demoCmd())
 	wrapArgs(root)
 	return root
 }

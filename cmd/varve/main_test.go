@@ -41,8 +41,8 @@ func TestMessage(t *testing.T) {
 	}
 }
 
-// run runs the command against a daemon of the test's own at a socket.
-func run(ctx context.Context, t *testing.T, h http.Handler, args ...string) error {
+// drive runs the command against a daemon of the test's own at a socket.
+func drive(ctx context.Context, t *testing.T, h http.Handler, args ...string) error {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", socket)
@@ -98,7 +98,7 @@ func TestUmountAll(t *testing.T) {
 		{"one busy", map[string]int{idOf("/m/b"): daemon.ExitBusy, idOf("/m/a"): daemon.ExitNotFound}, daemon.ExitBusy},
 	} {
 		var asked []string
-		err := run(t.Context(), t, mounted(t, &asked, func(id string) int { return tt.codes[id] }, dirs...), "umount", "--all")
+		err := drive(t.Context(), t, mounted(t, &asked, func(id string) int { return tt.codes[id] }, dirs...), "umount", "--all")
 		if exitCode(err) != tt.want || message(err) != "" {
 			t.Errorf("%s: exit %d, %v", tt.name, exitCode(err), err)
 		}
@@ -112,7 +112,7 @@ func TestUmountAll(t *testing.T) {
 	}
 	// One that was named must be there.
 	var asked []string
-	err := run(t.Context(), t, mounted(t, &asked, func(string) int { return daemon.ExitNotFound }), "umount", "x")
+	err := drive(t.Context(), t, mounted(t, &asked, func(string) int { return daemon.ExitNotFound }), "umount", "x")
 	if exitCode(err) != daemon.ExitNotFound {
 		t.Errorf("named: %v", err)
 	}
@@ -122,21 +122,21 @@ func TestInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var asked []string
 	h := mounted(t, &asked, func(string) int { cancel(); return daemon.ExitBusy }, "/a", "/b", "/c")
-	err := run(ctx, t, h, "umount", "--all", "--force")
+	err := drive(ctx, t, h, "umount", "--all", "--force")
 	if message(err) != "interrupted" || exitCode(err) != 130 {
 		t.Errorf("umount: %v, exit %d", err, exitCode(err))
 	}
 	if d := cmp.Diff([]string{idOf("/c")}, asked); d != "" {
 		t.Errorf("went on: %s", d)
 	}
-	err = run(ctx, t, h, "ps")
+	err = drive(ctx, t, h, "ps")
 	if message(err) != "interrupted" || exitCode(err) != 130 {
 		t.Errorf("ps: %v, exit %d", err, exitCode(err))
 	}
 }
 
 func TestEmptyDir(t *testing.T) {
-	err := run(t.Context(), t, http.NotFoundHandler(), "mount", "debian:12", "")
+	err := drive(t.Context(), t, http.NotFoundHandler(), "mount", "debian:12", "")
 	if exitCode(err) != daemon.ExitUsage || message(err) != "DIR is empty" {
 		t.Errorf("%v, exit %d", err, exitCode(err))
 	}

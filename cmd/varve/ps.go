@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"text/template"
@@ -17,11 +18,12 @@ import (
 )
 
 func (a *app) psCmd() *cobra.Command {
-	var quiet, noTrunc, all, sizes bool
+	var quiet, noTrunc, all, sizes, latest bool
+	var last int
 	var format string
 	cmd := &cobra.Command{
 		Use:   "ps [flags]",
-		Short: "List the mounts",
+		Short: "List the mounts, containers among them",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -32,9 +34,15 @@ func (a *app) psCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if latest {
+				last = 1
+			}
+			if last > 0 {
+				ms, all = ms[max(len(ms)-last, 0):], true
+			}
 			var rows []row
 			for _, m := range ms {
-				if m.Unmounted != nil && !all {
+				if !all && (m.Unmounted != nil || m.Container != nil && m.Container.State.Status == "created") {
 					continue
 				}
 				if sizes {
@@ -61,7 +69,9 @@ func (a *app) psCmd() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.BoolVarP(&all, "all", "a", false, "also those that are unmounted and have changes")
+	f.BoolVarP(&all, "all", "a", false, "also those that are unmounted and have changes, and containers that do not run")
+	f.BoolVarP(&latest, "latest", "l", false, "the newest, whatever its state")
+	f.IntVarP(&last, "last", "n", 0, "so many of the newest, whatever their state")
 	f.BoolVarP(&sizes, "size", "s", false, "how large the changes are")
 	f.BoolVarP(&quiet, "quiet", "q", false, "ids only")
 	f.BoolVar(&noTrunc, "no-trunc", false, "whole ids and names")
@@ -93,7 +103,31 @@ func (r row) Size() string       { return units.HumanSizeWithPrecision(float64(r
 // Created is how long ago, in docker's words.
 func (r row) Created() string { return units.HumanDuration(time.Since(r.m.Created)) + " ago" }
 
+// State is that of a container as docker has it, or the mount's.
+func (r row) State() string {
+	if c := r.m.Container; c != nil {
+		return c.State.Status
+	}
+	return r.m.State
+}
+
+// Command is what runs, as docker shows it.
+func (r row) Command() string {
+	if r.m.Container == nil {
+		return "-"
+	}
+	const most = 20
+	words := []rune(r.m.Container.Command())
+	if len(words) > most && !r.noTrunc {
+		words = append(words[:most-1], '…')
+	}
+	return strconv.Quote(string(words))
+}
+
 func (r row) Status() string {
+	if r.m.Container != nil {
+		return r.containerStatus()
+	}
 	switch r.m.State {
 	case "failed":
 		return "Failed (" + r.m.Error + ")"
@@ -115,6 +149,32 @@ func (r row) Status() string {
 	return s + ")"
 }
 
+// containerStatus is docker's.
+func (r row) containerStatus() string {
+	c := &r.m.Container.State
+	ago := func(t time.Time) string { return units.HumanDuration(time.Since(t)) }
+	var s string
+	switch {
+	case c.Paused:
+		s = "Up " + ago(c.StartedAt) + " (Paused)"
+	case c.Running:
+		s = "Up " + ago(c.StartedAt)
+	case c.Status == "exited":
+		s = fmt.Sprintf("Exited (%d) %s ago", c.ExitCode, ago(c.FinishedAt))
+	case c.Status == "dead":
+		s = "Dead"
+	default:
+		s = "Created"
+	}
+	switch {
+	case r.m.State == "failed":
+		s += " (mount failed: " + r.m.Error + ")"
+	case r.m.Unmounted == nil && (c.Status == "exited" || c.Status == "dead"):
+		s += " (mounted)"
+	}
+	return s
+}
+
 // Changed is how large the changes are on disk, where that was asked for.
 func (r row) Changed() string {
 	return units.HumanSizeWithPrecision(float64(r.m.UpperBytes), 3) + " (virtual " + r.Size() + ")"
@@ -130,20 +190,20 @@ func (r row) Fetched() string {
 
 func (r row) MarshalJSON() ([]byte, error) {
 	return json.Marshal(map[string]string{
-		"ID": r.ID(), "Image": r.Image(), "CreatedAt": r.CreatedAt(), "Created": r.Created(), "Status": r.Status(),
+		"ID": r.ID(), "Image": r.Image(), "Command": r.Command(), "State": r.State(), "CreatedAt": r.CreatedAt(), "Created": r.Created(), "Status": r.Status(),
 		"Mountpoint": r.Mountpoint(), "Names": r.Names(), "Face": r.Face(), "Digest": r.Digest(), "Size": r.Size(), "Fetched": r.Fetched(),
 	})
 }
 
 func table(w io.Writer, rows []row, sizes bool) error {
 	t := tabwriter.NewWriter(w, 0, 1, 3, ' ', 0)
-	head := "MOUNT ID\tIMAGE\tCREATED\tSTATUS\tMOUNTPOINT\tFETCHED\tNAMES"
+	head := "MOUNT ID\tIMAGE\tCOMMAND\tCREATED\tSTATUS\tMOUNTPOINT\tFETCHED\tNAMES"
 	if sizes {
 		head += "\tSIZE"
 	}
 	fmt.Fprintln(t, head)
 	for _, r := range rows {
-		line := []string{r.ID(), r.Image(), r.Created(), r.Status(), r.Mountpoint(), r.Fetched(), r.Names()}
+		line := []string{r.ID(), r.Image(), r.Command(), r.Created(), r.Status(), r.Mountpoint(), r.Fetched(), r.Names()}
 		if sizes {
 			line = append(line, r.Changed())
 		}

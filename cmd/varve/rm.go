@@ -18,7 +18,7 @@ func (a *app) rmCmd() *cobra.Command {
 	var o daemon.UnmountOptions
 	cmd := &cobra.Command{
 		Use:   "rm [flags] MOUNT...",
-		Short: "Delete unmounted mounts, and with them their changes",
+		Short: "Delete unmounted mounts and ended containers, and with them their changes",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -35,7 +35,8 @@ func (a *app) rmCmd() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVarP(&o.Force, "force", "f", false, "also one that is mounted")
+	cmd.Flags().BoolVarP(&o.Force, "force", "f", false, "also one that is mounted; a container that runs is killed")
+	cmd.Flags().BoolP("volumes", "v", false, "with a container's volumes that have no name, which go in any case")
 	return cmd
 }
 
