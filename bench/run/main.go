@@ -9,9 +9,9 @@
 //	go run ./bench/run plot RESULTS.json DIR
 //
 // The measures are coldmount, walk, memory, bytes, write, commit, pass, checkpoints,
-// indexsize, shared, starts, whole, second, load and local; none named is all of
-// them, and "table" those that are held against other systems, whose results begin
-// the file. It needs root, FUSE, a registry with the images of the corpus, and the
+// indexsize, shared, starts, whole, second, load, local, ctr, atonce and idle; none
+// named is all of them, "containers" the last three, and "table" those that are held
+// against other systems, whose results begin the file. It needs root, FUSE, a registry with the images of the corpus, and the
 // programs that a measure asks for if they are not there. Conversions are pushed
 // beside the images, as tag estargz; copies to be indexed go to repositories of
 // their own.
@@ -78,6 +78,9 @@ var measures = []measure{
 	{"second", "Second starts", (*bench).second},
 	{"load", "The daemon under a walk and a whole read", (*bench).underLoad},
 	{localMeasure, "Local reads beside ext4", (*bench).localReads},
+	{ctrMeasure, "Containers of containerd, cold", (*bench).ctr},
+	{atOnceMeasure, "32 containers at once", (*bench).atOnce},
+	{idleMeasure, "20 idle images", (*bench).idle},
 }
 
 // verbs are what this program does besides measuring.
@@ -108,11 +111,11 @@ func run(ctx context.Context, args []string) error {
 	f.StringVar(&b.dir, "dir", "/var/tmp/varve-bench", "scratch directory, on ext4 for the walks; the copied tree and layers stay there")
 	f.StringVar(&b.out, "out", "bench/RESULTS.md", "results file, whose section is replaced")
 	f.IntVar(&b.n, "n", 5, "repetitions; some measures have another number by themselves")
-	f.StringVar(&images, "images", "", "images of the measures bytes, pass, checkpoints, indexsize, shared, starts, whole, second and load, instead of their own choice")
+	f.StringVar(&images, "images", "", "images of the measures bytes, pass, checkpoints, indexsize, shared, starts, whole, second, load, ctr and atonce, instead of their own choice")
 	f.IntVar(&b.local.files, "files", manyFilesCount, "regular files in the image of many small ones, of the measure local")
 	f.IntVar(&b.local.megabytes, "mib", 2048, "MiB of the large file of the measure local")
 	f.StringVar(&b.local.fuseOverlayfs, "fuse-overlayfs", "", "the program, a rival of the measure local; \"\" takes the one in PATH, if there is one")
-	f.StringVar(&only, "only", "", "of starts, whole, second and load, the ways that have one of these texts in their names, \"SYSTEM: FORM\"")
+	f.StringVar(&only, "only", "", "of starts, whole, second, load and ctr, the ways that have one of these texts in their names, \"SYSTEM: FORM\"")
 	b.rivals.flags(f)
 	if err := f.Parse(args); err != nil {
 		return err
@@ -172,9 +175,11 @@ func run(ctx context.Context, args []string) error {
 
 // choose gives the measures of these names, in the order of the results.
 func choose(names []string) (chosen []measure, err error) {
-	known := []string{"all", tableVerb}
-	if slices.Contains(names, tableVerb) {
-		names = append(slices.Clone(names), tableMeasures...)
+	known := []string{"all", tableVerb, containersVerb}
+	for verb, of := range map[string][]string{tableVerb: tableMeasures, containersVerb: containerMeasures} {
+		if slices.Contains(names, verb) {
+			names = append(slices.Clone(names), of...)
+		}
 	}
 	for _, m := range measures {
 		known = append(known, m.name)

@@ -12,7 +12,7 @@ import (
 const tableVerb = "table"
 
 // tableMeasures are those, in order.
-var tableMeasures = []string{"starts", "whole", "second", "load", localMeasure}
+var tableMeasures = append([]string{"starts", "whole", "second", "load", localMeasure}, containerMeasures...)
 
 // localMeasure is the measure of what is all here.
 const localMeasure = "local"
@@ -95,7 +95,7 @@ var daemonGoals = []goal{
 }
 
 // tableGoals are all rows.
-func tableGoals() []goal { return slices.Concat(startGoals, localGoals, daemonGoals) }
+func tableGoals() []goal { return slices.Concat(startGoals, localGoals, daemonGoals, containerGoals) }
 
 // reached is what came of a goal on one image.
 type reached struct {
