@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/varvefs/varve/fetch/profile"
-	"github.com/varvefs/varve/fs"
 	"github.com/varvefs/varve/image"
 )
 
@@ -269,7 +268,7 @@ func (c *Chains) mount(o MountOptions) (dir string, err error) {
 		case m.State == "failed" && waited: // a second try would take as long, and who asks does not wait for ever
 			return "", errors.New(m.Error)
 		case m.State != "failed":
-			there, err := isMount(m.Dir)
+			there, err := isMountPoint(m.Dir)
 			if there || err != nil {
 				return m.Dir, err
 			}
@@ -279,20 +278,6 @@ func (c *Chains) mount(o MountOptions) (dir string, err error) {
 			return "", err
 		}
 	}
-}
-
-// isMount reports whether something is mounted at a directory, without asking who
-// serves it.
-func isMount(dir string) (bool, error) {
-	at, err := fs.MountID(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	around, err := fs.MountID(filepath.Dir(dir))
-	return at != around, err
 }
 
 // mounted gives the mount with a name.

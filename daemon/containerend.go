@@ -113,11 +113,13 @@ func (d *Daemon) endContainer(m *mount, st monitor.Status) {
 	d.mu.Lock()
 	m.proc, m.err = nil, nil
 	m.Container.Active = false
+	var err error
 	if m.tree == nil && m.Unmounted == nil {
+		err = fs.Detach(m.Dir) // of an earlier daemon, which this one could not take up
 		m.Unmounted = now()
 		m.removeDir()
 	}
-	err := m.save()
+	err = errors.Join(err, m.save())
 	remove := m.Container.Remove
 	d.mu.Unlock()
 	if err != nil {

@@ -112,7 +112,7 @@ func verbs(t *testing.T, face string) {
 		t.Errorf("ps --format: %q", out)
 	}
 	table := strings.Split(h.ok("ps"), "\n")
-	if len(table) != 3 || strings.Join(regexp.MustCompile(` {3,}`).Split(table[0], -1), "|") != "MOUNT ID|IMAGE|CREATED|STATUS|MOUNTPOINT|FETCHED|NAMES" {
+	if len(table) != 3 || strings.Join(regexp.MustCompile(` {3,}`).Split(table[0], -1), "|") != "MOUNT ID|IMAGE|COMMAND|CREATED|STATUS|MOUNTPOINT|FETCHED|NAMES" {
 		t.Errorf("ps: %q", table)
 	}
 	inspected(t, h, ids[0], ref, dir, face)

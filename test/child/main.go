@@ -15,10 +15,10 @@ import (
 
 func main() {
 	if len(os.Args) < 3 {
-		fmt.Fprintln(os.Stderr, "usage: child sum|mmap|hold|storm PATH")
+		fmt.Fprintln(os.Stderr, "usage: child sum|mmap|hold|storm|wait|change PATH")
 		os.Exit(2)
 	}
-	if err := map[string]func(string) error{"sum": sum, "mmap": mmap, "hold": hold, "storm": storm}[os.Args[1]](os.Args[2]); err != nil {
+	if err := map[string]func(string) error{"sum": sum, "mmap": mmap, "hold": hold, "storm": storm, "wait": wait, "change": change}[os.Args[1]](os.Args[2]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
