@@ -214,7 +214,9 @@ func (s *start) fetch(t *tree) {
 		}
 	}
 	if source == fromProgram {
-		err = s.program()
+		if err = s.program(); err == nil {
+			s.log.Info("fetched ahead", "source", source, "dur", time.Since(began))
+		}
 	}
 	if s.fetchedAhead(err); s.ctx.Err() != nil {
 		return
