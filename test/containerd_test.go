@@ -69,7 +69,7 @@ func (c *ctrd) pulls(form string) {
 	r.settled()
 	got, ranges := r.requests(img)
 	n := fetched(t, form+": pull", ranges)
-	withoutLookups(got)
+	withoutLookups(got, 3)
 	// The client and the daemon ask for the documents, nobody twice.
 	switch form {
 	case withIndex:
@@ -127,12 +127,13 @@ func (c *ctrd) pulls(form string) {
 }
 
 // withoutLookups takes away what is not always asked: how to speak to the registry,
-// and once what refers to the image, with the tag that stands in for that beside it.
-func withoutLookups(asked map[string]int) {
+// and once what refers to the image, with the tag that stands in for that beside it,
+// which counts among the manifests that are asked for otherwise.
+func withoutLookups(asked map[string]int, manifests int) {
 	delete(asked, "ping")
 	if asked["referrer"] == 1 {
 		delete(asked, "referrer")
-		if asked["manifest"] == 4 {
+		if asked["manifest"] == manifests+1 {
 			asked["manifest"]--
 		}
 	}

@@ -57,7 +57,7 @@ func (c *ctrd) runsPods() {
 	spec := &cri.ImageSpec{Image: ref}
 	pulled := mustGet[*cri.PullImageResponse](t)(im.PullImage(ctx, &cri.PullImageRequest{Image: spec, SandboxConfig: pod}))
 	got, _ := r.requests(made)
-	withoutLookups(got)
+	withoutLookups(got, 3)
 	asked(t, "PullImage", got, map[string]int{"manifest": 3, "config": 2, "blob": len(layers)})
 	for i, l := range layers {
 		if c.contents()[l] {

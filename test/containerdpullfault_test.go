@@ -150,11 +150,14 @@ func TestPullIntoCRI(t *testing.T) {
 			docs := documents(t, img)
 			pinned := strings.TrimSuffix(ref, ":1") + "@" + docs[0]
 			for _, name := range []string{ref, docs[1], pinned} {
-				got := mustGet[*runtimeapi.ImageStatusResponse](t)(cri.ImageStatus(c.ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}}))
-				im := got.Image
-				if im == nil || im.Id != docs[1] || !slices.Equal(im.RepoTags, []string{ref}) || !slices.Equal(im.RepoDigests, []string{pinned}) {
-					t.Errorf("%s is known as %v", name, im)
-				}
+				soon(t, func() error { // CRI hears of a name after it was given
+					got := mustGet[*runtimeapi.ImageStatusResponse](t)(cri.ImageStatus(c.ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}}))
+					im := got.Image
+					if im == nil || im.Id != docs[1] || !slices.Equal(im.RepoTags, []string{ref}) || !slices.Equal(im.RepoDigests, []string{pinned}) {
+						return fmt.Errorf("%s is known as %v", name, im)
+					}
+					return nil
+				})
 			}
 			c.ctx = namespaces.WithNamespace(c.ctx, "k8s.io")
 			c.has("pulled", "varve", chainIDs(t, img), docs)

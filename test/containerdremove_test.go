@@ -222,3 +222,23 @@ func TestContainerdSameLayers(t *testing.T) {
 		}
 	})
 }
+
+// TestContainerdTwoNames pulls one image under two names: with both removed nothing
+// of it is left.
+func TestContainerdTwoNames(t *testing.T) {
+	withContainerd(t, func(t *testing.T, c *ctrd) {
+		r := newRegistry(t)
+		img := booted(t, forms.EStargz, "names")
+		refs := []string{r.push("one/image:1", img), r.push("two/image:1", img)}
+		before := c.files()
+		for _, ref := range refs {
+			c.ok(c.into(ref)...)
+		}
+		c.removeImage(refs[0])
+		if got := c.does("one", c.pull(refs[1]), "/bin/child", "sum", "/own/file"); got != sumOf(content("names", 300_000)) {
+			t.Errorf("under its second name: digest %s", got)
+		}
+		c.removeImage(refs[1])
+		c.leftAre("both are removed", before)
+	})
+}

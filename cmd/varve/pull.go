@@ -104,26 +104,12 @@ func checkContainerd(f *pflag.FlagSet, is bool) error {
 // pullInto pulls an image and puts it into containerd.
 func (a *app) pullInto(ctx context.Context, c *daemon.Client, o daemon.PullOptions, to containerd.Config) (*daemon.Pulled, error) {
 	to.Address = containerd.Address(to.Address)
-	// Both are waited for, so they are asked side by side; without containerd nothing
-	// is pulled.
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var cd *containerd.Client
-	connected := make(chan struct{})
-	go func() {
-		defer close(connected)
-		var err error
-		if cd, err = containerd.Connect(ctx, to); err != nil {
-			cancel(err)
-		}
-	}()
+	cd, err := containerd.Connect(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	defer cd.Close()
 	got, err := c.Pull(ctx, o)
-	if <-connected; cd != nil {
-		defer cd.Close()
-	}
-	if cause := context.Cause(ctx); cause != nil {
-		return nil, cause
-	}
 	if err != nil {
 		return nil, err
 	}
