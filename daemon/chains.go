@@ -47,6 +47,8 @@ type Chains struct {
 
 	mu   sync.Mutex
 	open map[string]*pulledImage // by manifest
+
+	marks sync.Mutex // of who changes the files of marked names
 }
 
 // pulledImage is one that was pulled a moment ago and is held open: its container
@@ -119,13 +121,25 @@ func (c *Chains) pulled(name image.Name) (*pulledImage, error) {
 	if o != nil {
 		return o, nil
 	}
-	d, n := c.d, note(func(event) {})
-	if err := c.mark(name); err != nil {
+	marked, err := c.mark(name)
+	if err != nil {
 		return nil, err
 	}
+	if o, err = c.openPulled(name); err != nil && marked { // it will not be a snapshot, whose end would take the name away
+		err = errors.Join(err, c.unmark(name.Digest(), func(s string) bool { return s == name.String() }))
+	}
+	return o, err
+}
+
+func (c *Chains) openPulled(name image.Name) (*pulledImage, error) {
+	d, n := c.d, note(func(event) {})
 	r, err := d.resolve(d.life, ImageOptions{Image: name.String(), Auth: image.AuthFromEnv(), alone: true}, n)
 	if err != nil {
 		return nil, err
+	}
+	if r.manifest.Digest != name.Digest() {
+		r.close()
+		return nil, fmt.Errorf("image %s: that digest is of a list of manifests: want one image's", name.Familiar())
 	}
 	s := d.soon(d.life, r)
 	r.ready = s.opened
@@ -251,6 +265,9 @@ func (c *Chains) mount(o MountOptions) (dir string, err error) {
 		m, ok := c.mounted(o.Name)
 		switch {
 		case !ok:
+			if err := c.markMount(o); err != nil {
+				return "", err
+			}
 			v, err := c.d.Mount(c.d.life, o, func(event) {})
 			if err != nil {
 				return "", err
@@ -279,12 +296,21 @@ func (c *Chains) mount(o MountOptions) (dir string, err error) {
 	}
 }
 
+// markMount is mark for what is not here any more when it is mounted, and is got again.
+func (c *Chains) markMount(o MountOptions) error {
+	name, err := image.ParseName(o.Image)
+	if err == nil {
+		_, err = c.mark(name)
+	}
+	return err
+}
+
 // mounted gives the mount with a name.
 func (c *Chains) mounted(name string) (Mount, bool) {
 	c.d.mu.Lock()
 	defer c.d.mu.Unlock()
 	for _, m := range c.d.mounts {
-		if m.Name == name {
+		if m.Base && m.Name == name {
 			return m.view(false), true
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 
@@ -20,6 +21,13 @@ func (c *Chains) digests(ch Chain) ([]string, error) {
 		return nil, err
 	}
 	m, _, err := c.d.images.Get(name, "")
+	if errors.Is(err, image.ErrNotFound) {
+		id, perr := image.ParseName(name.Digest().Encoded()) // pulled under another name
+		if perr != nil {
+			return nil, perr
+		}
+		m, _, err = c.d.images.Get(id, "")
+	}
 	if errors.Is(err, image.ErrNotFound) {
 		return nil, nil
 	}
@@ -49,7 +57,7 @@ func (c *Chains) Usage(_ context.Context, ch Chain) (n int64, err error) {
 // with its last one, unless somebody needs them.
 func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
 	all, err := c.digests(gone)
-	if err != nil || len(all) < gone.Layers {
+	if err != nil {
 		return err
 	}
 	last := true
@@ -58,9 +66,12 @@ func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
 	}
 	if last {
 		c.letGo(gone.Manifest)
-		if err := c.unmark(gone.ImageRef); err != nil {
+		if err := c.unmark(digest.Digest(gone.Manifest), func(string) bool { return true }); err != nil {
 			return err
 		}
+	}
+	if len(all) < gone.Layers {
+		return nil
 	}
 	needed, err := c.needed(left)
 	if err != nil || needed[all[gone.Layers-1]] {
@@ -103,7 +114,11 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 		return nil, err
 	}
 	for _, r := range all {
-		if _, err := os.Lstat(c.markPath(r.Manifest)); err == nil && r.Name.Digest() == r.Manifest {
+		marked, err := c.marked(r.Manifest)
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(marked, r.Name.String()) {
 			continue
 		}
 		id, err := image.ParseName(r.Manifest.Encoded())
@@ -125,39 +140,64 @@ func (c *Chains) markPath(manifest digest.Digest) string {
 	return filepath.Join(c.d.dirs.State, "containerd", "pulled", manifest.Encoded())
 }
 
-// mark notes that an image comes here for containerd only, unless it is here: its
-// name goes with the last of its snapshots then.
-func (c *Chains) mark(name image.Name) error {
-	_, _, err := c.d.images.Get(name, "")
-	if !errors.Is(err, image.ErrNotFound) {
-		return nil
+// marked gives the names by which an image came here for containerd only.
+func (c *Chains) marked(manifest digest.Digest) ([]string, error) {
+	b, err := os.ReadFile(c.markPath(manifest))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
 	}
-	path := c.markPath(name.Digest())
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	return os.WriteFile(path, nil, 0o600)
+	return strings.Fields(string(b)), err
 }
 
-// unmark takes away the name that mark noted.
-func (c *Chains) unmark(im ImageRef) error {
-	name, err := chainName(im)
-	if err != nil {
+// mark notes that an image comes here for containerd only, unless it is here: that
+// name goes with the last of its snapshots then. It says whether it did.
+func (c *Chains) mark(name image.Name) (bool, error) {
+	if _, _, err := c.d.images.Get(name, ""); !errors.Is(err, image.ErrNotFound) {
+		return false, nil
+	}
+	c.marks.Lock()
+	defer c.marks.Unlock()
+	names, err := c.marked(name.Digest())
+	if err != nil || slices.Contains(names, name.String()) {
+		return false, err
+	}
+	if err := os.MkdirAll(filepath.Dir(c.markPath(name.Digest())), 0o700); err != nil {
+		return false, err
+	}
+	return true, c.setMarked(name.Digest(), append(names, name.String()))
+}
+
+// setMarked is marked's other side. The caller holds marks.
+func (c *Chains) setMarked(manifest digest.Digest, names []string) error {
+	if len(names) > 0 {
+		return writeWhole(c.markPath(manifest), []byte(strings.Join(names, "\n")))
+	}
+	if err := os.Remove(c.markPath(manifest)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	path := c.markPath(name.Digest())
-	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-		return nil
+	return nil
+}
+
+// unmark takes away the names that mark noted of an image, or of them only those that
+// are meant.
+func (c *Chains) unmark(manifest digest.Digest, meant func(name string) bool) error {
+	c.marks.Lock()
+	defer c.marks.Unlock()
+	names, err := c.marked(manifest)
+	if err != nil || len(names) == 0 {
+		return err
 	}
 	all, err := c.d.images.List()
 	if err != nil {
 		return err
 	}
 	// Not what else has this digest: a tag that somebody pulled since.
-	if slices.ContainsFunc(all, func(r image.Record) bool { return r.Name == name }) {
-		if _, err := c.d.images.Remove(name); err != nil {
-			return err
+	for _, r := range all {
+		if s := r.Name.String(); meant(s) && slices.Contains(names, s) {
+			if _, err := c.d.images.Remove(r.Name); err != nil && !errors.Is(err, image.ErrNotFound) {
+				return err
+			}
 		}
 	}
-	return os.Remove(path)
+	return c.setMarked(manifest, slices.DeleteFunc(names, meant))
 }

@@ -37,13 +37,15 @@ const (
 
 	maxSteps = 6   // from a program to its libraries, theirs, and so on
 	maxFiles = 128 // of a step
+
+	maxPath = 4096 // the kernel's PATH_MAX
 )
 
 func newProgram(t *tree, c ocispec.ImageConfig) *program {
 	p := &program{tree: t, seen: map[string]bool{}, left: maxProgram}
 	p.add("/etc/passwd", "/etc/group", "/bin/sh")
 	command := append(slices.Clone(c.Entrypoint), c.Cmd...)
-	if len(command) == 0 {
+	if len(command) == 0 || len(command[0]) >= maxPath {
 		return p
 	}
 	if name := command[0]; strings.Contains(name, "/") {
@@ -62,8 +64,11 @@ func inPath(env []string, name string) (paths []string) {
 			dirs = v
 		}
 	}
-	for _, dir := range strings.Split(dirs, ":") {
-		if path.IsAbs(dir) {
+	for dir := range strings.SplitSeq(dirs, ":") {
+		if len(paths) == maxFiles { // a PATH may be megabytes
+			break
+		}
+		if path.IsAbs(dir) && len(dir)+len(name) < maxPath {
 			paths = append(paths, path.Join(dir, name))
 		}
 	}
@@ -130,26 +135,22 @@ func (p *program) look(in *index.Inode) {
 		}
 		return
 	}
-	e, err := elf.NewFile(r)
+	e, err := openELF(r)
 	if err != nil {
 		return // something else that the kernel knows, or not
 	}
-	for _, h := range e.Progs {
-		if h.Type == elf.PT_INTERP && h.Filesz < 4096 {
-			if b, err := io.ReadAll(h.Open()); err == nil {
-				p.add(path.Clean("/" + string(bytes.TrimRight(b, "\x00"))))
-			}
-		}
-	}
-	libs, err := e.ImportedLibraries()
+	interpreter, libs, err := e.needs()
 	if err != nil {
 		return
+	}
+	if interpreter != "" {
+		p.add(path.Clean("/" + interpreter))
 	}
 	for _, lib := range libs {
 		if strings.Contains(lib, "/") {
 			continue // relative to what only the loader knows
 		}
-		for _, dir := range libraryDirs(e.Machine) {
+		for _, dir := range libraryDirs(e.machine) {
 			p.add(path.Join(dir, lib))
 		}
 	}

@@ -39,7 +39,7 @@ func (p *pulling) pin(t *tree) error {
 		p.out.Documents[id.String()] = b
 	}
 	m.Name, m.Target, m.Blobs = p.name.WithDigest(m.Digest), m.Digest, map[digest.Digest][]byte{m.Digest: m.Raw}
-	if err := p.chains.mark(m.Name); err != nil {
+	if _, err := p.chains.mark(m.Name); err != nil {
 		return err
 	}
 	if _, config, err := p.images.Get(m.Name, p.Platform); err == nil {

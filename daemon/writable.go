@@ -154,6 +154,9 @@ func (m *mount) newUpper(t *tree, form upper.Form) (*upper.Dir, error) {
 		return nil, err
 	}
 	up, err := upper.Create(m.Upper, upper.About{Image: t.manifest.Digest.String(), Form: form}, top)
+	if err != nil && m.OwnUpper { // of a full disk as a rule, and nobody would find it again
+		err = errors.Join(err, upper.RemoveAll(m.Upper))
+	}
 	return up, upperError(err)
 }
 

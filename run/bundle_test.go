@@ -70,9 +70,13 @@ func TestMakeRefuses(t *testing.T) {
 		"the root of container":                                     func(c *Container) { c.Root = "/nowhere" },
 		`network "bridge" is not supported`:                         func(c *Container) { c.Options.Network = "bridge" },
 		"Duplicate mount point: /a":                                 func(c *Container) { c.Options.Volumes = []string{"/a", "/a/"} },
-		"a volume of the image":                                     func(c *Container) { c.Image.Volumes = map[string]struct{}{"rel": {}} },
-		"make the mount point /etc/passwd/x":                        func(c *Container) { c.Options.Tmpfs = []string{"/etc/passwd/x"} },
-		"nobody said where volumes are":                             func(c *Container) { c.Options.Volumes, c.Volumes = []string{"name:/v"}, "" },
+		"mount at /bin/up: links of the image lead it to '/'": func(c *Container) {
+			must(t, os.Symlink("../..", filepath.Join(c.Root, "bin/up")))
+			c.Options.Volumes = []string{"/bin/up"}
+		},
+		"a volume of the image":              func(c *Container) { c.Image.Volumes = map[string]struct{}{"rel": {}} },
+		"make the mount point /etc/passwd/x": func(c *Container) { c.Options.Tmpfs = []string{"/etc/passwd/x"} },
+		"nobody said where volumes are":      func(c *Container) { c.Options.Volumes, c.Volumes = []string{"name:/v"}, "" },
 	} {
 		c := container(t, "/proc/self/exe")
 		c.Options.Cmd = []string{"x"}

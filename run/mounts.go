@@ -132,6 +132,9 @@ func propagation(users []place) (root string) {
 // as docker does. Each place then has its source.
 func (c *Container) prepare(t *tree, users []place, p *privilege) error {
 	for i, u := range users {
+		if is, err := t.isTop(u.dest); err != nil || is {
+			return errors.Join(err, fmt.Errorf("mount at %s: links of the image lead it to '/', which cannot be mounted over", u.dest))
+		}
 		switch {
 		case u.kind == volumePlace:
 			top := path.Join(c.Dir, "volumes")

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"unicode"
@@ -45,7 +44,7 @@ func (o *Options) Resolve(c Caller) (err error) {
 		if !filepath.IsAbs(file) {
 			file = filepath.Join(c.Dir, file)
 		}
-		raw, err := os.ReadFile(file)
+		raw, err := readAll(file)
 		if err != nil {
 			return fmt.Errorf("opening seccomp profile (%s) failed: %w", file, err)
 		}
@@ -72,7 +71,7 @@ func (c Caller) env(files, line []string) ([]string, error) {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(c.Dir, name)
 		}
-		raw, err := os.ReadFile(name)
+		raw, err := readAll(name)
 		if err != nil {
 			return nil, err
 		}

@@ -56,6 +56,7 @@ func TestResolve(t *testing.T) {
 		"no variable name":        {EnvFiles: []string{"bad1"}},
 		"contains whitespaces":    {EnvFiles: []string{"bad2"}},
 		"line 1 is not UTF-8":     {EnvFiles: []string{"bad3"}},
+		"/dev/zero has more than": {EnvFiles: []string{"/dev/zero"}},
 		"no such file":            {EnvFiles: []string{"none"}},
 		"invalid environment":     {Env: []string{"=x"}},
 		"opening seccomp profile": {Security: Security{Opt: []string{"seccomp=none"}}},

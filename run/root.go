@@ -73,6 +73,17 @@ func (t *tree) open(name string) (io.ReadCloser, error) {
 	}{io.LimitReader(f, maxFile), f}, nil
 }
 
+// isTop reports whether a name leads to the tree's top.
+func (t *tree) isTop(name string) (bool, error) {
+	fd, err := t.at("."+name, unix.O_PATH)
+	if err != nil { // of what cannot be reached who makes it says why
+		return false, nil
+	}
+	defer unix.Close(fd)
+	at, err := t.name(fd)
+	return at == "", err
+}
+
 // procFD is a path to what a descriptor has open.
 func procFD(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 

@@ -45,7 +45,7 @@ func TestLookup(t *testing.T) {
 		{who: "1234", want: specs.User{UID: 1234, AdditionalGids: []uint32{0}}, home: "/"},
 		{who: "1234:5", want: specs.User{UID: 1234, GID: 5, AdditionalGids: []uint32{5}}, home: "/"},
 		{who: "nohome", want: specs.User{UID: 5, GID: 5, AdditionalGids: []uint32{5}}, home: "/"},
-		{who: "web", groups: []string{"log", "77"}, want: specs.User{UID: 33, GID: 34, AdditionalGids: []uint32{34, 90, 91, 77}}, home: "/var/www"},
+		{who: "web", groups: []string{"log", "77"}, want: specs.User{UID: 33, GID: 34, AdditionalGids: []uint32{34, 90, 77, 91}}, home: "/var/www"},
 		{who: "nobody", err: "unable to find user nobody: no matching entries in passwd file"},
 		{who: "web:nobody", err: "unable to find group nobody: no matching entries in group file"},
 		{who: "web", groups: []string{"nobody"}, err: "nobody"},

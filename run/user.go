@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/moby/sys/user"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -44,6 +45,7 @@ func lookup(t *tree, who string, groups []string) (specs.User, string, error) {
 		if err != nil {
 			return u, "", err
 		}
+		slices.Sort(more) // they come in any order
 		for _, g := range more {
 			u.AdditionalGids = append(u.AdditionalGids, uint32(g))
 		}
@@ -73,10 +75,17 @@ func closeAll(files ...io.Closer) {
 
 // readHost reads a file of the host's; one that is missing is empty.
 func readHost(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	b, err := readAll(name)
 	if os.IsNotExist(err) {
 		return nil, nil
-	} else if err != nil {
+	}
+	return b, err
+}
+
+// readAll reads a file of at most maxFile bytes, which may be a pipe's.
+func readAll(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
 		return nil, err
 	}
 	defer f.Close()

@@ -3,6 +3,7 @@ package snapshotter
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -39,6 +40,7 @@ func (s *Snapshotter) lower(ctx context.Context, parent string) (*lower, error) 
 	s.mu.Unlock()
 	if l.dir, err = s.images.Mount(ctx, l.chain); err != nil {
 		l.release()
+		s.rest() // who asked may have gone, and it is mounted all the same
 		return nil, fmt.Errorf("mount %s: %w", l.chain.Name, err)
 	}
 	return l, nil
@@ -178,7 +180,7 @@ func (s *Snapshotter) unmountIdle(ctx context.Context, gone bool) (all []daemon.
 			continue
 		}
 		c, err := s.chain(ctx, i.Name)
-		if err != nil {
+		if err != nil && !errors.Is(err, errDamaged) { // nothing can lie on such a one
 			return nil, err
 		}
 		if c != nil {

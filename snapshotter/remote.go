@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/daemon"
 )
@@ -28,6 +30,9 @@ type remote struct {
 	ID string `json:"chain"` // the chain ID of its layers
 }
 
+// maxLabel bounds a label, as containerd does, in bytes.
+const maxLabel = 4096
+
 // target says of which layer a snapshot is to become the snapshot, "" if of none
 // that an image is named for.
 func target(opts []snapshots.Opt) (name string, of daemon.ImageRef, layer string, all map[string]string) {
@@ -39,7 +44,7 @@ func target(opts []snapshots.Opt) (name string, of daemon.ImageRef, layer string
 	}
 	l := info.Labels
 	of = daemon.ImageRef{Name: l[snapshotters.TargetRefLabel], Manifest: l[snapshotters.TargetManifestDigestLabel]}
-	if of.Name == "" || of.Manifest == "" {
+	if of.Name == "" || of.Manifest == "" || len(of.Name) > maxLabel || len(of.Manifest) > maxLabel {
 		return "", daemon.ImageRef{}, "", nil
 	}
 	return l[snapshots.LabelSnapshotRef], of, l[snapshotters.TargetLayerDigestLabel], l
@@ -62,6 +67,9 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, key, parent string, opt
 			return false, nil // it lies on one that was unpacked
 		}
 	}
+	if there, err := s.there(ctx, name, parent, of); there || err != nil {
+		return there, err
+	}
 	c, err := s.place(ctx, name, of, layer, below)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -72,6 +80,21 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, key, parent string, opt
 		return false, nil
 	}
 	return true, s.commitRemote(ctx, key, parent, remote{*c, name}, snapshots.WithLabels(all))
+}
+
+// there reports whether an image's remote snapshot is there already, from another
+// namespace or under another name. Then nobody needs to be asked, and no name is kept
+// that no snapshot is of.
+func (s *Snapshotter) there(ctx context.Context, id, parent string, of daemon.ImageRef) (bool, error) {
+	info, err := s.local.Stat(ctx, id)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil || info.Kind != snapshots.KindCommitted || info.Parent != parent {
+		return false, err
+	}
+	r, err := s.remote(ctx, id)
+	return r != nil && r.Manifest == of.Manifest, err
 }
 
 // place gives the chain with this ID among the layers of an image.
@@ -96,8 +119,8 @@ func (s *Snapshotter) place(ctx context.Context, id string, of daemon.ImageRef, 
 	return nil, fmt.Errorf("the image has no layer %s in that place", layer)
 }
 
-// commitRemote makes a remote snapshot. One that is there already, from another
-// namespace or another pull, will do.
+// commitRemote makes a remote snapshot. One that is there by now, from another pull,
+// will do.
 func (s *Snapshotter) commitRemote(ctx context.Context, key, parent string, r remote, opt snapshots.Opt) error {
 	there := false
 	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
@@ -106,12 +129,20 @@ func (s *Snapshotter) commitRemote(ctx context.Context, key, parent string, r re
 			return err
 		}
 		dir := s.dirOf(made.ID)
+		if err := os.RemoveAll(dir); err != nil { // of one that was killed over it, whose ID is free again
+			return err
+		}
 		defer func() {
 			if err != nil { // before another is given the ID
 				err = errors.Join(err, os.RemoveAll(dir))
 			}
 		}()
-		if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o755); err != nil {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		// A file, where others have a directory: no overlayfs takes it for an empty
+		// layer, should chainFile be lost.
+		if err := os.WriteFile(filepath.Join(dir, "fs"), nil, 0o444); err != nil {
 			return err
 		}
 		if err := writeChain(filepath.Join(dir, chainFile), r); err != nil {
@@ -143,22 +174,35 @@ func writeChain(path string, r remote) error {
 	return errors.Join(err, f.Close())
 }
 
+// errDamaged is that of a remote snapshot of which it is not known any more what it
+// stands for.
+var errDamaged = errors.New("remove the image and pull it again")
+
+// maxChain bounds chainFile, in bytes.
+const maxChain = 1 << 20
+
 // readChain gives what a snapshot with this directory stands for, nil if it is no
 // remote one.
 func readChain(dir string) (*remote, error) {
-	b, err := os.ReadFile(filepath.Join(dir, chainFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
 	r := &remote{}
+	f, err := os.OpenFile(filepath.Join(dir, chainFile), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		if st, serr := os.Lstat(filepath.Join(dir, "fs")); serr != nil || !st.Mode().IsRegular() {
+			return nil, nil
+		}
+	}
 	if err == nil {
-		err = json.Unmarshal(b, r)
+		defer f.Close()
+		var b []byte
+		if b, err = io.ReadAll(io.LimitReader(f, maxChain)); err == nil {
+			err = json.Unmarshal(b, r)
+		}
 	}
 	if err == nil && (r.Layers < 1 || r.Name == "" || r.Manifest == "") {
 		err = errors.New("no image is named")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("snapshot %s: %s: %w: remove the image and pull it again", filepath.Base(dir), chainFile, err)
+		return nil, fmt.Errorf("snapshot %s: %s: %w: %w", filepath.Base(dir), chainFile, err, errDamaged)
 	}
 	return r, nil
 }

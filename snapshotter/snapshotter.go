@@ -7,6 +7,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -190,7 +191,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 // goes with it, unless somebody else needs it.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	gone, err := s.chain(ctx, key)
-	if err != nil && !errdefs.IsNotFound(err) {
+	if errors.Is(err, errDamaged) {
+		s.log.Warn("what was fetched of a layer stays", "snapshot", key, "err", err)
+	} else if err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
 	if err := s.local.Remove(ctx, key); err != nil {

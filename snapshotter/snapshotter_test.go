@@ -441,3 +441,79 @@ func TestLabelsChanged(t *testing.T) {
 		t.Errorf("mounted: %v", up)
 	}
 }
+
+// TestDamaged damages what says which layers a snapshot stands for: nothing lies on
+// it then, it can be removed and pulled again, and other images have their way.
+func TestDamaged(t *testing.T) {
+	for name, damage := range map[string]func(file string) error{
+		"gone":      os.Remove,
+		"cut":       func(file string) error { return os.Truncate(file, 20) },
+		"empty":     func(file string) error { return os.Truncate(file, 0) },
+		"of no one": func(file string) error { return os.WriteFile(file, []byte("{}"), 0o600) },
+		"endless":   func(file string) error { return errors.Join(os.Remove(file), os.Symlink("/dev/zero", file)) },
+		"directory": func(file string) error { return errors.Join(os.Remove(file), os.Mkdir(file, 0o700)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, time.Hour)
+			other, layers, chains := fakeImage("other", "x", "y")
+			f.images.layers[other.Manifest] = layers
+			f.pull(f.image, f.chains, 3)
+			f.pull(other, chains, 2)
+			f.prepare("there", chains[1])
+			dir, err := f.dir(t.Context(), f.chains[2])
+			if err == nil {
+				err = damage(filepath.Join(dir, chainFile))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m, err := f.Prepare(t.Context(), "one", f.chains[2]); err == nil || !strings.Contains(err.Error(), "pull it again") {
+				t.Errorf("mounts %v, %v", m, err)
+			}
+			f.remove("there", chains[1], chains[0])
+			if up := f.images.up(); len(up) != 0 || len(f.images.gone) != 2 {
+				t.Errorf("another image was removed: mounted %v, forgotten %v", up, f.images.gone)
+			}
+			f.remove(f.chains[2], f.chains[1], f.chains[0])
+			f.pull(f.image, f.chains, 3)
+			f.prepare("two", f.chains[2])
+		})
+	}
+}
+
+// TestKilledOver leaves what a daemon that is killed leaves of a snapshot whose number
+// is given again.
+func TestKilledOver(t *testing.T) {
+	f := newFixture(t, time.Hour)
+	dir := filepath.Join(f.root, "snapshots", "1")
+	if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, chainFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f.pull(f.image, f.chains, 3)
+	if at, err := f.dir(t.Context(), f.chains[0]); err != nil || at != dir {
+		t.Fatalf("the first snapshot lies at %s, %v", at, err)
+	}
+	f.prepare("one", f.chains[2])
+}
+
+// TestThere pulls an image that is there, as from another namespace: nobody is asked
+// for it. Where it would lie on something else it is not that image.
+func TestThere(t *testing.T) {
+	f := newFixture(t, time.Hour)
+	f.pull(f.image, f.chains, 3)
+	digests := f.images.layers[f.image.Manifest]
+	f.images.layers = nil
+	parents := append([]string{""}, f.chains...)
+	for i, c := range f.chains {
+		_, err := f.Prepare(t.Context(), "again", parents[i], snapshots.WithLabels(f.labelsOf(f.image, digests[i].Digest, c)))
+		if !errdefs.IsAlreadyExists(err) {
+			t.Fatalf("layer %d: %v, want that it exists already", i, err)
+		}
+	}
+	if _, err := f.Prepare(t.Context(), "elsewhere", f.chains[0], snapshots.WithLabels(f.labelsOf(f.image, digests[2].Digest, f.chains[2]))); err != nil {
+		t.Errorf("on another layer: %v, want a snapshot to unpack into", err)
+	}
+}

@@ -150,7 +150,11 @@ func (a *app) run(ctx context.Context, o runFlags) (err error) {
 	gone := errors.Is(err, monitor.ErrGone)
 	if err == nil || gone || errors.As(err, &start) {
 		// With this verb all of the container's end is over.
-		if known := st.ended(); gone && known { // its monitor was killed
+		switch known := st.ended(); {
+		case !gone || !known:
+		case st.end.Finished.IsZero():
+			err = errors.New("the container's monitor was killed before the command was started")
+		default: // its monitor was killed
 			end, err = monitor.Exit{Code: st.end.ExitCode}, nil
 		}
 	}

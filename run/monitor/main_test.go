@@ -119,7 +119,7 @@ func newBox(t *testing.T, runtime string, with func(c *Config), cmd ...string) *
 	}
 	must(t, copyFile(guest, filepath.Join(root, "bin/guest"), 0o755))
 	must(t, os.WriteFile(filepath.Join(root, "bin/plain"), []byte("no program"), 0o644))
-	for _, name := range []string{"echo", "warn", "exit", "cat", "sleep", "lines", "ticks", "trap", "deaf", "tty", "eat"} {
+	for _, name := range []string{"echo", "warn", "exit", "cat", "sleep", "lines", "ticks", "trap", "deaf", "tty", "eat", "leave"} {
 		must(t, os.Symlink("guest", filepath.Join(root, "bin", name)))
 	}
 	b.cfg = Config{

@@ -15,9 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lastBytes is how long output is waited for after a process ended whose stdio
-// somebody else still has open.
-const lastBytes = 2 * time.Second
+// lastBytes is how long output is waited for in all, and lastSize how much of it is
+// taken, the most that a pipe holds (pipe(7)), after a process ended whose stdio
+// somebody else still has open and may write to for ever.
+const (
+	lastBytes = 2 * time.Second
+	lastSize  = 1 << 20
+)
 
 // stdio is one process' standard streams: pipes, or a terminal. It is the runtime's
 // IO (runc.IO) for the call that makes the process.
@@ -179,19 +183,25 @@ func (s *stdio) pump() {
 // copy takes a stream to the log and to the clients until its end.
 func (s *stdio) copy(src source) {
 	buf := make([]byte, maxData)
+	wait, size := lastBytes, lastSize
 	for {
+		began, over := time.Now(), s.over.Load()
 		n, err := src.file.Read(buf)
+		took := time.Since(began) // who takes the output may take longer, and loses none
 		if n > 0 {
 			if s.log != nil {
 				s.log.write(src.stream, buf[:n])
 			}
 			s.out.publish(encode(src.kind, buf[:n]))
 		}
+		if over {
+			wait, size = wait-took, size-n
+		}
 		if s.over.Load() {
-			src.file.SetReadDeadline(time.Now().Add(lastBytes))
+			src.file.SetReadDeadline(time.Now().Add(wait))
 		}
 		switch {
-		case err == nil:
+		case err == nil && size > 0:
 		case errors.Is(err, unix.EIO) && s.terminal != nil && !s.over.Load():
 			// Nobody has the terminal open just now; somebody may again.
 			time.Sleep(10 * time.Millisecond)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strconv"
@@ -52,6 +53,18 @@ func main() {
 		signal.Ignore(syscall.SIGTERM)
 		fmt.Println("ready")
 		time.Sleep(time.Hour)
+	case "leave": // one behind who writes for as long as anybody reads
+		if len(args) == 0 {
+			cmd := exec.Command("/bin/leave", "behind")
+			cmd.Stdout = os.Stdout
+			if err := cmd.Start(); err != nil {
+				panic(err)
+			}
+			os.Exit(3)
+		}
+		for _, err := fmt.Println("still here"); err == nil; _, err = fmt.Println("still here") {
+			time.Sleep(100 * time.Millisecond)
+		}
 	case "tty": // its size, now and whenever a line comes
 		for s := bufio.NewScanner(os.Stdin); ; {
 			var size [4]uint16
