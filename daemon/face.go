@@ -269,6 +269,10 @@ func (f *faces) close() {
 		os.Remove(l.dir)
 	}
 	if served == nil {
+		dir := filepath.Join(f.d.dirs.Run, "data")
+		if err := fs.Detach(dir); err != nil { // of a daemon that died
+			f.d.log.Warn("a mount of an earlier run stays", "dir", dir, "err", err)
+		}
 		return
 	}
 	if err := served.Unmount(false); err != nil {
