@@ -242,11 +242,11 @@ func FuzzImports(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		c, err := parseConfig("/x/config.toml", []byte(text))
 		if err != nil || c.covers("/x/varve.toml") || len(c.imports) > 0 && strings.Contains(strings.Join(c.imports, ""), "varve") {
-			t.Skip()
+			return
 		}
 		with, err := addImport([]byte(text), "/x/varve*.toml")
 		if err != nil {
-			t.Skip()
+			return
 		}
 		now, err := parseConfig("/x/config.toml", with)
 		if err != nil {

@@ -82,10 +82,9 @@ func TestContainerdDaemonAway(t *testing.T) {
 		}
 		for what, end := range map[string]func(){"stopped": c.stop, "killed": c.kill} {
 			end()
-			began := time.Now()
-			err := c.startable("new", img)
-			if !told(err) || time.Since(began) > 30*time.Second {
-				t.Errorf("%s: after %v a container cannot be made: %v", what, time.Since(began), err)
+			err := c.startable("new", img) // whose context ends where containerd is stuck
+			if !told(err) {
+				t.Errorf("%s: a container cannot be made: %v", what, err)
 			}
 			if _, err := c.tryPull(other); !told(err) {
 				t.Errorf("%s: an image cannot be pulled: %v", what, err)
