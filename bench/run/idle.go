@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -48,6 +49,9 @@ func (b *bench) idle(ctx context.Context, out *section) error {
 	out.line("| images | overlays | lower mounts | target | FUSE mounts | target | RSS one | RSS started | RSS idle | anon | file | shmem | target | peak | target | heap |")
 	out.line("|---|--:|--:|---|--:|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|")
 	for _, sharing := range []string{sharedNothing, sharedBase} {
+		if b.only != nil && !slices.Contains(b.only, sharing) {
+			continue
+		}
 		refs, err := b.idleImages(ctx, sharing)
 		if err != nil {
 			return fmt.Errorf("make images %s: %w", sharing, err)
