@@ -123,7 +123,7 @@ func (c *ctrd) pulls(form string) {
 		delete(want, name) // of the form, not of the image
 	}
 	sameTree(t, want, lazy)
-	must(t, c.ImageService().Delete(c.ctx, ref))
+	c.removeImage(ref)
 }
 
 // withoutLookups takes away what is not always asked: how to speak to the registry,

@@ -157,22 +157,32 @@ func TestContainerdRemove(t *testing.T) {
 func TestContainerdUsage(t *testing.T) {
 	withContainerd(t, func(t *testing.T, c *ctrd) {
 		r, made, ref := c.pushed(forms.EStargz, "usage")
+		before := c.files()
 		img := c.pull(ref)
 		digests, _ := blobs(t, made)
-		check := func(what string) (sum int64) {
-			t.Helper()
-			taken := c.taken()
+		said := func() (all []int64) {
 			parent := c.top(img)
-			for i := len(digests) - 1; i >= 0; i-- {
-				u := mustGet[snapshots.Usage](t)(c.varveSnapshots().Usage(c.ctx, parent))
-				if want := taken[strings.Replace(digests[i], ":", "-", 1)]; u.Size != want {
-					t.Errorf("%s: layer %d is said to take %d bytes, and takes %d", what, i, u.Size, want)
-				}
-				sum += u.Size
+			for range digests {
+				all = append(all, mustGet[snapshots.Usage](t)(c.varveSnapshots().Usage(c.ctx, parent)).Size)
 				parent = mustGet[snapshots.Info](t)(c.varveSnapshots().Stat(c.ctx, parent)).Parent
 			}
 			if parent != "" {
-				t.Errorf("%s: below the lowest layer lies %s", what, parent)
+				t.Errorf("below the lowest layer lies %s", parent)
+			}
+			slices.Reverse(all)
+			return all
+		}
+		check := func(what string) (sum int64) {
+			t.Helper()
+			taken, now := c.taken(), said()
+			for after := c.taken(); !maps.Equal(taken, after); after = c.taken() { // what a start needs comes from the pull on
+				taken, now = after, said()
+			}
+			for i, d := range digests {
+				if want := taken[strings.Replace(d, ":", "-", 1)]; now[i] != want {
+					t.Errorf("%s: layer %d is said to take %d bytes, and takes %d", what, i, now[i], want)
+				}
+				sum += now[i]
 			}
 			return sum
 		}
@@ -190,9 +200,7 @@ func TestContainerdUsage(t *testing.T) {
 		}
 		k.kill()
 		c.removeImage(ref)
-		if left := c.taken(); len(left) > 0 {
-			t.Errorf("layers left: %v", slices.Collect(maps.Keys(left)))
-		}
+		c.leftAre("removed", before)
 	})
 }
 
