@@ -267,7 +267,7 @@ func (s *start) fetchedAhead(err error) {
 	if err != nil {
 		s.use.State, s.use.Error = "failed", err.Error()
 	}
-	if err != nil || s.recorder == nil { // else until it is over
+	if err != nil || s.recorder == nil && s.runs == nil { // else until it is over, or its container's own has begun
 		s.expected(false)
 	}
 }
@@ -301,6 +301,7 @@ func (s *start) wants(t *tree) (source string, wants []fetch.Want, err error) {
 		}
 	}
 	if len(wants) > 0 {
+		s.expected(true) // its builder has seen the start, or knows it
 		return fromLandmark, wants, err
 	}
 	for _, h := range t.layers {
