@@ -91,6 +91,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	defer d.unmountAll()
 	defer d.background.Wait()
 	defer stop()
+	d.sweep()
 	d.background.Go(func() { d.logFaults(ctx) })
 	d.background.Go(func() { d.attend(ctx) })
 	d.background.Go(func() { d.faces.probe() }) // while the first client still asks its registry

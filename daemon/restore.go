@@ -51,7 +51,6 @@ func writeWhole(path string, b []byte) error {
 // the registry after all: then the daemon does not wait for them.
 func (d *Daemon) restore(ctx context.Context) {
 	paths, _ := filepath.Glob(filepath.Join(d.dirs.State, "mounts", "*.json"))
-	d.sweep()
 	var wg sync.WaitGroup
 	defer func() {
 		done := make(chan struct{})
@@ -109,6 +108,12 @@ func (d *Daemon) sweep() {
 			d.log.Warn("a mount of an earlier run stays", "dir", dir, "err", err)
 		}
 		os.Remove(dir)
+	}
+	probes, _ := filepath.Glob(filepath.Join(d.dirs.Run, probePrefix+"*"))
+	for _, dir := range probes {
+		if err := endProbe(dir); err != nil {
+			d.log.Warn("a mount of an earlier run's probe stays", "dir", dir, "err", err)
+		}
 	}
 	unsettled, _ := filepath.Glob(filepath.Join(d.dirs.Cache, "index", newIndex+"*"))
 	for _, path := range unsettled {

@@ -171,14 +171,15 @@ func TestContainerLife(t *testing.T) {
 func TestContainerFollow(t *testing.T) {
 	h, r := newContainers(t)
 	ref := shellImage(t, r, "run/shell:1", shellLayer(t), nil)
-	h.ok("run", "-d", "--name", "c", ref, "sh", "-c", `for i in 1 2 3; do echo out $i; echo err $i >&2; until [ -e /go$i ]; do sleep 0.02; done; done`)
+	told := t.TempDir()
+	h.ok("run", "-d", "--name", "c", "-v", told+":/told", ref, "sh", "-c", `for i in 1 2 3; do echo out $i; echo err $i >&2; until [ -e /told/$i ]; do sleep 0.02; done; done`)
 	follow := h.command("logs", "-f", "c")
 	var out, errs strings.Builder
 	follow.Stdout, follow.Stderr = &out, &errs
 	must(t, follow.Start())
 	for i := range 3 {
 		h.says("c", "out "+strconv.Itoa(i+1))
-		h.ok("exec", "c", "touch", "/go"+strconv.Itoa(i+1))
+		must(t, os.WriteFile(filepath.Join(told, strconv.Itoa(i+1)), nil, 0o600))
 	}
 	must(t, follow.Wait())
 	if out.String() != "out 1\nout 2\nout 3\n" || errs.String() != "err 1\nerr 2\nerr 3\n" {

@@ -1,6 +1,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -148,5 +149,28 @@ func TestManyClients(t *testing.T) {
 	}
 	if p := h.processes(); len(p) != 1 || p[0] != first || h.pid() != first {
 		t.Errorf("daemons: %v, the first was %d", p, first)
+	}
+}
+
+// TestProbeLeft starts a daemon where another was killed while it found out what the
+// kernel can do.
+func TestProbeLeft(t *testing.T) {
+	needRoot(t)
+	h := newHost(t)
+	dir := filepath.Join(h.root, "run/probe-1")
+	for _, name := range []string{"served", "mnt"} {
+		must(t, os.MkdirAll(filepath.Join(dir, name), 0o700))
+		must(t, syscall.Mount("none", filepath.Join(dir, name), "tmpfs", 0, ""))
+		must(t, os.WriteFile(filepath.Join(dir, name, "probe"), nil, 0o600))
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "index"), nil, 0o600))
+	h.ok("ps")
+	if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
+	}
+	for _, line := range h.mounts() {
+		if strings.Contains(line, "probe-1") {
+			t.Errorf("left: %s", line)
+		}
 	}
 }

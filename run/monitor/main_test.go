@@ -140,7 +140,7 @@ func newBox(t *testing.T, runtime string, with func(c *Config), cmd ...string) *
 		b.argv[1] = "monitor-hidden"
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
 		if err := Reap(ctx, b.dir, b.argv...); err != nil {
 			t.Errorf("reap: %v", err)
@@ -166,6 +166,9 @@ func copyFile(from, to string, mode os.FileMode) error {
 	if err != nil {
 		return err
 	}
+	// What a process that is just being forked has open for writing is not run.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	return os.WriteFile(to, b, mode)
 }
 
@@ -205,8 +208,9 @@ func (b *box) processes() (pids []int) {
 	return pids
 }
 
+// testContext ends what would never end. A whole test may have one, on a busy machine.
 func testContext(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -261,7 +265,7 @@ func (b *box) state() Status {
 // until waits for what must come to be.
 func until(t *testing.T, what string, true func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !true(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !true(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("in vain waited until %s", what)
 		}

@@ -24,10 +24,9 @@ type client struct {
 	leave  func()        // closes gone
 }
 
-// join attaches a client: it gets what is written from now on, and the exit. One
-// goroutine sends until the exit is sent, the client takes nothing for stall, or
-// it leaves.
-func (o *output) join(w *wire, stall time.Duration) *client {
+// join attaches a client: what is written from now on, and the exit, wait for it to
+// be sent. The caller has them sent, or calls leave.
+func (o *output) join() *client {
 	c := &client{frames: make(chan []byte, queued), gone: make(chan struct{}), sent: make(chan struct{})}
 	c.leave = sync.OnceFunc(func() {
 		close(c.gone)
@@ -46,26 +45,29 @@ func (o *output) join(w *wire, stall time.Duration) *client {
 		o.clients[c] = struct{}{}
 	}
 	o.mu.Unlock()
-	go func() {
-		defer close(c.sent)
-		defer c.leave()
-		for {
-			select {
-			case <-c.gone:
+	return c
+}
+
+// send sends what a client gets until the exit is sent, the client takes nothing for
+// stall, or it leaves.
+func (c *client) send(w *wire, stall time.Duration) {
+	defer close(c.sent)
+	defer c.leave()
+	for {
+		select {
+		case <-c.gone:
+			return
+		case frame, more := <-c.frames:
+			if !more {
 				return
-			case frame, more := <-c.frames:
-				if !more {
-					return
-				}
-				w.SetWriteDeadline(time.Now().Add(stall))
-				if w.send(frame) != nil {
-					w.Close()
-					return
-				}
+			}
+			w.SetWriteDeadline(time.Now().Add(stall))
+			if w.send(frame) != nil {
+				w.Close()
+				return
 			}
 		}
-	}()
-	return c
+	}
 }
 
 func (o *output) all() []*client {

@@ -134,7 +134,9 @@ func (s *server) attach(w *wire, r request, answer func(reply, error) bool) {
 	if r.Stdin && s.c.cfg.StdinOnce {
 		s.first.Do(func() { once = true })
 	}
+	c := s.c.stdio.out.join() // who is answered is attached
 	if !answer(reply{}, nil) {
+		c.leave()
 		if once {
 			s.c.stdio.closeInput()
 		}
@@ -143,7 +145,7 @@ func (s *server) attach(w *wire, r request, answer func(reply, error) bool) {
 	if r.Height > 0 && r.Width > 0 {
 		s.c.stdio.resize(r.Height, r.Width)
 	}
-	c := s.c.stdio.out.join(w, s.c.cfg.stall())
+	go c.send(w, s.c.cfg.stall())
 	if r.Start {
 		// What keeps it from starting is its exit, which the client gets.
 		go func() { _, _ = s.c.start(s.ctx) }()
@@ -166,7 +168,8 @@ func (s *server) exec(w *wire, r request, answer func(reply, error) bool) {
 	var c *client
 	there := answer(reply{Target: p.name, Started: now()}, nil)
 	if there && !r.Exec.Detach {
-		c = p.stdio.out.join(w, s.c.cfg.stall())
+		c = p.stdio.out.join()
+		go c.send(w, s.c.cfg.stall())
 	}
 	pump()
 	if c == nil {

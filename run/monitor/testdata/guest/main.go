@@ -55,14 +55,22 @@ func main() {
 		time.Sleep(time.Hour)
 	case "leave": // one behind who writes for as long as anybody reads
 		if len(args) == 0 {
+			r, w, err := os.Pipe()
+			if err != nil {
+				panic(err)
+			}
 			cmd := exec.Command("/bin/leave", "behind")
-			cmd.Stdout = os.Stdout
+			cmd.Stdout, cmd.ExtraFiles = os.Stdout, []*os.File{w}
 			if err := cmd.Start(); err != nil {
 				panic(err)
 			}
+			w.Close()
+			io.Copy(io.Discard, r) // until it has written
 			os.Exit(3)
 		}
+		written := os.NewFile(3, "written")
 		for _, err := fmt.Println("still here"); err == nil; _, err = fmt.Println("still here") {
+			written.Close()
 			time.Sleep(100 * time.Millisecond)
 		}
 	case "tty": // its size, now and whenever a line comes
