@@ -45,8 +45,9 @@ type Chains struct {
 	opening  singleflight.Group
 	mounting singleflight.Group
 
-	mu   sync.Mutex
-	open map[string]*pulledImage // by manifest
+	mu     sync.Mutex
+	open   map[string]*pulledImage // by manifest
+	coming map[string]bool         // manifests of those that are being opened
 
 	marks sync.Mutex // of who changes the files of marked names
 }
@@ -117,10 +118,18 @@ func (c *Chains) pulled(name image.Name) (*pulledImage, error) {
 	id := name.Digest().String()
 	c.mu.Lock()
 	o := c.open[id]
+	if o == nil {
+		c.coming[id] = true
+	}
 	c.mu.Unlock()
 	if o != nil {
 		return o, nil
 	}
+	defer func() {
+		c.mu.Lock()
+		delete(c.coming, id)
+		c.mu.Unlock()
+	}()
 	marked, err := c.mark(name)
 	if err != nil {
 		return nil, err
@@ -163,6 +172,11 @@ func (c *Chains) keep(t *tree, s *start) (*pulledImage, error) {
 	o := &pulledImage{tree: t, start: s, gone: make(chan struct{})}
 	for i, l := range t.manifest.Layers {
 		o.layers = append(o.layers, LayerID{Digest: l.Digest.String(), DiffID: ids[i]})
+	}
+	if err := c.note(t.manifest.Digest, o.layers); err != nil {
+		s.cancel()
+		t.close()
+		return nil, err
 	}
 	if t.index != nil {
 		s.runs <- t

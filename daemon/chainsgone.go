@@ -13,12 +13,14 @@ import (
 	"github.com/varvefs/varve/image"
 )
 
-// digests gives those of a chain's layers, none where the image is not known any
-// more.
+// digests gives those of a chain's layers, none where they are not known any more.
 func (c *Chains) digests(ch Chain) ([]string, error) {
 	name, err := chainName(ch.ImageRef)
 	if err != nil {
 		return nil, err
+	}
+	if all, err := c.layersOf(name.Digest()); err != nil || len(all) >= ch.Layers {
+		return all[:min(ch.Layers, len(all))], err
 	}
 	m, _, err := c.d.images.Get(name, "")
 	if errors.Is(err, image.ErrNotFound) {
@@ -55,18 +57,14 @@ func (c *Chains) Usage(_ context.Context, ch Chain) (n int64, err error) {
 
 // Forget deletes what is kept of a chain's highest layer, and the image's documents
 // with its last one, unless somebody needs them.
-func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
+func (c *Chains) Forget(ctx context.Context, gone Chain, left []Chain) error {
 	all, err := c.digests(gone)
 	if err != nil {
 		return err
 	}
-	last := true
-	for _, ch := range left {
-		last = last && ch.Manifest != gone.Manifest
-	}
-	if last {
+	if !slices.ContainsFunc(left, func(ch Chain) bool { return ch.Manifest == gone.Manifest }) {
 		c.letGo(gone.Manifest)
-		if err := c.unmark(digest.Digest(gone.Manifest), func(string) bool { return true }); err != nil {
+		if err := c.Sweep(ctx, left); err != nil {
 			return err
 		}
 	}
@@ -78,19 +76,13 @@ func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
 		return err
 	}
 	c.d.dropIndex(all)
-	for _, l := range c.d.fetcher.Layers(all[gone.Layers-1]) {
-		c.d.fetcher.Remove(l, func(err error) {
-			c.d.faces.gone(l.Key)
-			if err != nil {
-				c.d.log.Error("a layer was not all removed", "layer", l.Digest, "err", err)
-			}
-		})
-	}
+	c.removeLayer(all[gone.Layers-1])
 	return nil
 }
 
 // needed gives the layers that somebody may come back to: snapshots that are left,
-// mounts, and images that were not got for containerd.
+// mounts, images that are just being pulled, and those that were not got for
+// containerd.
 func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 	needed := map[string]bool{}
 	for _, ch := range left {
@@ -109,6 +101,13 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 		}
 	}
 	c.d.mu.Unlock()
+	c.mu.Lock()
+	for _, o := range c.open {
+		for _, l := range o.layers {
+			needed[l.Digest] = true
+		}
+	}
+	c.mu.Unlock()
 	all, err := c.d.images.List()
 	if err != nil {
 		return nil, err
@@ -137,7 +136,7 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 }
 
 func (c *Chains) markPath(manifest digest.Digest) string {
-	return filepath.Join(c.d.dirs.State, "containerd", "pulled", manifest.Encoded())
+	return filepath.Join(c.notesDir(notedNames), manifest.Encoded())
 }
 
 // marked gives the names by which an image came here for containerd only.
@@ -161,7 +160,7 @@ func (c *Chains) mark(name image.Name) (bool, error) {
 	if err != nil || slices.Contains(names, name.String()) {
 		return false, err
 	}
-	if err := os.MkdirAll(filepath.Dir(c.markPath(name.Digest())), 0o700); err != nil {
+	if err := os.MkdirAll(c.notesDir(notedNames), 0o700); err != nil {
 		return false, err
 	}
 	return true, c.setMarked(name.Digest(), append(names, name.String()))

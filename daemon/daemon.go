@@ -86,7 +86,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience, BackgroundRate: c.BackgroundRate, BackgroundHours: c.BackgroundHours})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
-	d.chains = &Chains{d: d, open: map[string]*pulledImage{}}
+	d.chains = &Chains{d: d, open: map[string]*pulledImage{}, coming: map[string]bool{}}
 	defer d.faces.close()
 	defer d.unmountAll()
 	defer d.background.Wait()

@@ -134,7 +134,8 @@ func (l *lower) linked() (string, error) {
 	return l.link, os.Rename(temp, l.link)
 }
 
-// rest has chains that nobody lies on unmounted after a while.
+// rest has chains that nobody lies on unmounted after a while, and deleted what came
+// for snapshots that were not made.
 func (s *Snapshotter) rest() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -145,8 +146,13 @@ func (s *Snapshotter) rest() {
 		s.mu.Lock()
 		s.idle = nil
 		s.mu.Unlock()
-		if _, err := s.unmountIdle(context.Background(), false); err != nil {
+		left, err := s.unmountIdle(context.Background(), false)
+		if err != nil {
 			s.log.Warn("images that no container uses stay mounted", "err", err)
+			return
+		}
+		if err := s.images.Sweep(context.Background(), left); err != nil {
+			s.log.Warn("what was fetched for containerd and is not needed stays", "err", err)
 		}
 	})
 }

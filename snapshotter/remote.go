@@ -70,6 +70,7 @@ func (s *Snapshotter) prepareRemote(ctx context.Context, key, parent string, opt
 	if there, err := s.there(ctx, name, parent, of); there || err != nil {
 		return there, err
 	}
+	s.rest() // the pull may be given up
 	c, err := s.place(ctx, name, of, layer, below)
 	if err != nil {
 		if ctx.Err() != nil {

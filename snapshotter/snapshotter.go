@@ -41,6 +41,9 @@ type Images interface {
 	// Forget deletes what is kept of a chain's highest layer, unless one of those
 	// that are left needs it, or anybody else.
 	Forget(ctx context.Context, gone daemon.Chain, left []daemon.Chain) error
+	// Sweep deletes what came for snapshots, of pulls that were given up, and none of
+	// those that are left needs, nor anybody else.
+	Sweep(ctx context.Context, left []daemon.Chain) error
 }
 
 // Config is what a Snapshotter is made of. All of it is needed but Linger.
@@ -199,8 +202,8 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	if err := s.local.Remove(ctx, key); err != nil {
 		return err
 	}
+	s.rest()
 	if gone == nil {
-		s.rest()
 		return nil
 	}
 	left, err := s.unmountIdle(ctx, true)

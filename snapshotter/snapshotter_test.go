@@ -36,7 +36,8 @@ type images struct {
 	mounts  int        // how often a chain was mounted that was not
 	mounted map[daemon.Chain]bool
 	gone    []daemon.Chain
-	err     error // of Mount
+	swept   [][]daemon.Chain // what was left, each time
+	err     error            // of Mount
 }
 
 func (im *images) Layers(_ context.Context, of daemon.ImageRef) ([]daemon.LayerID, error) {
@@ -78,6 +79,22 @@ func (im *images) Forget(_ context.Context, gone daemon.Chain, left []daemon.Cha
 		im.gone = append(im.gone, gone)
 	}
 	return nil
+}
+
+func (im *images) Sweep(_ context.Context, left []daemon.Chain) error {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.swept = append(im.swept, left)
+	return nil
+}
+
+func (im *images) lastSwept() []daemon.Chain {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	if len(im.swept) == 0 {
+		return nil
+	}
+	return im.swept[len(im.swept)-1]
 }
 
 func (im *images) up() (all []daemon.Chain) {
@@ -391,6 +408,9 @@ func TestIdle(t *testing.T) {
 	f.idle1(0)
 	f.prepare("three", f.chains[2])
 	f.idle1(1)
+	if left := f.images.lastSwept(); len(left) != 3 {
+		t.Errorf("what is not needed was swept with %v left", left)
+	}
 	root := f.root
 	f.Close()
 	f.images.mounted = map[daemon.Chain]bool{{ImageRef: f.image, Layers: 2}: true} // whose container went with the last one
@@ -405,7 +425,7 @@ func TestIdle(t *testing.T) {
 // idle1 waits until so many chains are mounted.
 func (f *fixture) idle1(n int) {
 	f.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); len(f.images.up()) != n; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(f.images.up()) != n; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			f.t.Fatalf("mounted: %v, want %d", f.images.up(), n)
 		}

@@ -1,0 +1,140 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// What comes for containerd is noted, by which name (see mark) and which layers it
+// has, before there is a snapshot that stands for it: a pull may be given up, and who
+// pulls an image that another is just removing makes snapshots of what has no name
+// here any more. So what is noted and nobody needs goes, whichever way it came to that.
+
+// Sweep deletes what came here for snapshots and neither those that are left need nor
+// anybody else.
+func (c *Chains) Sweep(_ context.Context, left []Chain) error {
+	idle, err := c.idle(left)
+	if err != nil || len(idle) == 0 {
+		return err
+	}
+	needed, err := c.needed(left)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	noted := map[digest.Digest][]string{}
+	for _, id := range idle {
+		layers, err := c.layersOf(id)
+		if err == nil {
+			err = c.unmark(id, func(string) bool { return true })
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		c.d.dropIndex(layers) // while they are here: it is known by them
+		noted[id] = slices.DeleteFunc(layers, func(l string) bool { return needed[l] })
+	}
+	for _, layers := range noted {
+		for _, l := range layers {
+			c.removeLayer(l)
+		}
+	}
+	for id, layers := range noted {
+		if !slices.ContainsFunc(layers, c.has) { // else a later sweep sees whether it went
+			os.Remove(c.layersPath(id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// idle gives the images that something is noted of, that have no snapshot and that
+// nobody is just pulling.
+func (c *Chains) idle(left []Chain) (all []digest.Digest, err error) {
+	has := map[string]bool{}
+	for _, ch := range left {
+		has[ch.Manifest] = true
+	}
+	c.mu.Lock()
+	for id := range c.open {
+		has[id] = true
+	}
+	for id := range c.coming {
+		has[id] = true
+	}
+	c.mu.Unlock()
+	for _, dir := range []string{c.notesDir(notedNames), c.notesDir(notedLayers)} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		for _, e := range entries {
+			id := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
+			if id.Validate() == nil && !has[id.String()] {
+				has[id.String()] = true
+				all = append(all, id)
+			}
+		}
+	}
+	return all, nil
+}
+
+func (c *Chains) has(layer string) bool { return len(c.d.fetcher.Layers(layer)) > 0 }
+
+// removeLayer deletes what is kept of a layer, at once or when nobody has it open any
+// more.
+func (c *Chains) removeLayer(id string) {
+	for _, l := range c.d.fetcher.Layers(id) {
+		c.d.fetcher.Remove(l, func(err error) {
+			c.d.faces.gone(l.Key)
+			if err != nil {
+				c.d.log.Error("a layer was not all removed", "layer", l.Digest, "err", err)
+			}
+		})
+	}
+}
+
+// What is noted of images, and the directories in which each has a file of its own.
+const (
+	notedNames  = "pulled"
+	notedLayers = "layers"
+)
+
+func (c *Chains) notesDir(what string) string {
+	return filepath.Join(c.d.dirs.State, "containerd", what)
+}
+
+func (c *Chains) layersPath(manifest digest.Digest) string {
+	return filepath.Join(c.notesDir(notedLayers), manifest.Encoded())
+}
+
+// layersOf gives the digests of an image's layers as they were noted, none where they
+// were not.
+func (c *Chains) layersOf(manifest digest.Digest) ([]string, error) {
+	b, err := os.ReadFile(c.layersPath(manifest))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return strings.Fields(string(b)), err
+}
+
+// note notes the layers of an image.
+func (c *Chains) note(manifest digest.Digest, layers []LayerID) error {
+	if old, err := c.layersOf(manifest); err != nil || len(old) == len(layers) {
+		return err
+	}
+	if err := os.MkdirAll(c.notesDir(notedLayers), 0o700); err != nil {
+		return err
+	}
+	var all strings.Builder
+	for _, l := range layers {
+		all.WriteString(l.Digest + "\n")
+	}
+	return writeWhole(c.layersPath(manifest), []byte(all.String()))
+}
