@@ -89,6 +89,7 @@ type start struct {
 	used     *profile.Profile
 	missing  []bool // of the ranges of used, when they were asked for
 	recorder *fetch.Recorder
+	keeping  bool // what it recorded is not kept yet
 }
 
 // starting prepares the start of a mount that is on its way up, with this face.
@@ -366,7 +367,7 @@ func (s *start) view(v *Mount) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	use := s.use
-	v.Prefetch, v.Profile, v.Recording = s.mode, &use, s.recorder != nil
+	v.Prefetch, v.Profile, v.Recording = s.mode, &use, s.recorder != nil || s.keeping
 }
 
 // end ends the start with its mount, and keeps what was recorded.

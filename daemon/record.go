@@ -85,11 +85,16 @@ func (s *start) keep() {
 	s.kept.Do(func() {
 		s.mu.Lock()
 		r := s.recorder
-		s.recorder = nil
+		s.recorder, s.keeping = nil, r != nil
 		s.mu.Unlock()
 		if r == nil {
 			return
 		}
+		defer func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.keeping = false
+		}()
 		s.expected(false)
 		uses := r.Stop()
 		sizes, known := s.known()

@@ -74,3 +74,10 @@ func (h *holder) read(t *testing.T) string {
 	}
 	return strings.TrimSpace(line)
 }
+
+// fromMount gives a program that lies in a mount, begun by one that does not: the
+// runtime lets a thread wait for a program's first bytes as if it were computing, and
+// the registry that has them is in this process.
+func fromMount(path string, args ...string) *exec.Cmd {
+	return exec.Command("env", append([]string{path}, args...)...)
+}

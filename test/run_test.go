@@ -3,7 +3,6 @@ package test
 import (
 	"archive/tar"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -42,7 +41,7 @@ func TestPrograms(t *testing.T) {
 				dir := h.ok("mount", "--face", face, ref)
 				run := func(name string, args ...string) string {
 					t.Helper()
-					out, err := exec.Command(filepath.Join(dir, name), args...).Output()
+					out, err := fromMount(filepath.Join(dir, name), args...).Output()
 					if err != nil {
 						t.Fatalf("%s %v: %v: %s", name, args, err, stderrOf(err))
 					}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -234,7 +233,7 @@ func TestRunsWhatWasWritten(t *testing.T) {
 		run := func(name string) {
 			t.Helper()
 			for _, verb := range []string{"sum", "mmap"} {
-				out, err := exec.Command(filepath.Join(dir, name), verb, filepath.Join(dir, "hello")).Output()
+				out, err := fromMount(filepath.Join(dir, name), verb, filepath.Join(dir, "hello")).Output()
 				if err != nil || strings.TrimSpace(string(out)) != sumOf([]byte("hello")) {
 					t.Errorf("%s %s: %q %v %s", name, verb, out, err, stderrOf(err))
 				}
@@ -243,7 +242,7 @@ func TestRunsWhatWasWritten(t *testing.T) {
 		run("bin/child")
 		must(t, os.WriteFile(filepath.Join(dir, "copied"), bin, 0o755))
 		run("copied")
-		running := exec.Command(filepath.Join(dir, "copied"), "hold", filepath.Join(dir, "hello"))
+		running := fromMount(filepath.Join(dir, "copied"), "hold", filepath.Join(dir, "hello"))
 		in, err := running.StdinPipe()
 		must(t, err)
 		out, err := running.StdoutPipe()
