@@ -203,7 +203,7 @@ func TestContainerdTransfer(t *testing.T) {
 		got, _ := r.requests(img)
 		withoutLookups(got, 3)
 		asked(t, "pull", got, map[string]int{"manifest": 3, "config": 2, "blob": len(layers)})
-		if got := c.ctrOK("run", "--rm", "--net-host", "--snapshotter", "varve", ref, "one", "/bin/child", "sum", "/own/file"); got != sumOf(content("transfer", 300_000)) {
+		if got := c.sums("varve", ref, "/own/file"); got != sumOf(content("transfer", 300_000)) {
 			t.Errorf("ctr run sees digest %s", got)
 		}
 		c.lowersAre("it has run", 1)
@@ -223,13 +223,15 @@ func TestContainerdAtOnce(t *testing.T) {
 		imgs := make([]client.Image, len(both))
 		var wg sync.WaitGroup
 		for i, c := range both {
-			for range 3 {
+			for n := range 3 {
 				wg.Go(func() {
 					img, err := c.tryPull(ref)
 					if err != nil {
 						t.Errorf("pull: %v", err)
 					}
-					imgs[i] = img
+					if n == 0 { // the others give the same
+						imgs[i] = img
+					}
 				})
 			}
 		}

@@ -39,7 +39,7 @@ func (c *ctrd) runsPods() {
 	t := c.t
 	conn := mustGet[*grpc.ClientConn](t)(grpc.NewClient("unix://"+c.socket(), grpc.WithTransportCredentials(insecure.NewCredentials())))
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 6*time.Minute)
 	defer cancel()
 	im, rt := cri.NewImageServiceClient(conn), cri.NewRuntimeServiceClient(conn)
 
@@ -84,7 +84,7 @@ func (c *ctrd) runsPods() {
 	}
 	c.lowersAre("a pod of three containers, and its pause", 2)
 	for _, id := range ids {
-		out := mustGet[*cri.ExecSyncResponse](t)(rt.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"/bin/child", "sum", "/own/file"}, Timeout: 20}))
+		out := mustGet[*cri.ExecSyncResponse](t)(rt.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"/bin/child", "sum", "/own/file"}, Timeout: 60}))
 		if strings.TrimSpace(string(out.Stdout)) != sumOf(content("pod", 300_000)) {
 			t.Errorf("ExecSync: exit %d: %s%s", out.ExitCode, out.Stdout, out.Stderr)
 		}
@@ -95,7 +95,7 @@ func (c *ctrd) runsPods() {
 	c.down(syscall.SIGTERM)
 	c.up()
 	c.criTakes(ctx, im)
-	out, err := rt.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: ids[0], Cmd: []string{"/bin/child", "sum", "/own/user"}, Timeout: 20})
+	out, err := rt.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: ids[0], Cmd: []string{"/bin/child", "sum", "/own/user"}, Timeout: 60})
 	if err != nil || strings.TrimSpace(string(out.Stdout)) != sumOf(content("pod user", 100_000)) {
 		t.Errorf("ExecSync when containerd was started anew: %v, %v", out, err)
 	}
@@ -118,7 +118,7 @@ func (c *ctrd) runsPods() {
 // containers have written.
 func (c *ctrd) criTakes(ctx context.Context, im cri.ImageServiceClient) {
 	c.t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		var taken int64
 		for _, n := range c.taken() {
 			taken += n

@@ -40,6 +40,13 @@ func (c *ctrd) startable(id string, img client.Image) error {
 	return k.Delete(c.ctx, client.WithSnapshotCleanup)
 }
 
+// nobodyThere reports whether containerd says that its snapshotter is away: it names
+// the socket where it has seen that, and says that it is unavailable where a call was
+// on its way.
+func nobodyThere(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), "snapshotter.sock") || strings.Contains(err.Error(), "unavailable"))
+}
+
 // TestContainerdRestarts ends containerd in order and by force while a container
 // runs, which goes on.
 func TestContainerdRestarts(t *testing.T) {
@@ -75,18 +82,14 @@ func TestContainerdDaemonAway(t *testing.T) {
 		old := c.running("old", img)
 		old.exec("/bin/child", "change", "/changed")
 		c.does("first", img, "/bin/child", "sum", "/own/file")
-		// containerd names the socket where it has seen that nobody is there, and says that
-		// it is unavailable where a call was on its way.
-		told := func(err error) bool {
-			return err != nil && (strings.Contains(err.Error(), "snapshotter.sock") || strings.Contains(err.Error(), "unavailable"))
-		}
 		for what, end := range map[string]func(){"stopped": c.stop, "killed": c.kill} {
+			r.settled() // what is on its way would be lost, and fetched again
 			end()
 			err := c.startable("new", img) // whose context ends where containerd is stuck
-			if !told(err) {
+			if !nobodyThere(err) {
 				t.Errorf("%s: a container cannot be made: %v", what, err)
 			}
-			if _, err := c.tryPull(other); !told(err) {
+			if _, err := c.tryPull(other); !nobodyThere(err) {
 				t.Errorf("%s: an image cannot be pulled: %v", what, err)
 			}
 			c.ok("ps")
@@ -151,7 +154,7 @@ func TestContainerdRegistryAway(t *testing.T) {
 		var err error
 		soon(t, func() error {
 			err = c.startable("fourth", img)
-			if err != nil && strings.Contains(err.Error(), "snapshotter.sock") {
+			if nobodyThere(err) {
 				return err
 			}
 			return nil

@@ -17,6 +17,10 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // edition is a containerd that is installed.
@@ -89,7 +93,7 @@ func newCtrd(t *testing.T, e edition, pause string) *ctrd {
 	}
 	c.dir = mustGet[string](t)(os.MkdirTemp("", "vt-c-"))
 	c.namespace = filepath.Base(c.dir) // runc keeps its state by namespace, whichever containerd asks
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), c.namespace), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), c.namespace), 8*time.Minute)
 	c.ctx = ctx
 	must(t, os.WriteFile(c.path("config.toml"), []byte(c.config()), 0o644))
 	must(t, os.WriteFile(c.path("crun"), []byte(crunAnywhere), 0o755))
@@ -196,6 +200,8 @@ func (c *ctrd) up() {
 	}
 }
 
+// answers reports whether it serves, and CRI where it has that, which begins a moment
+// after the rest.
 func (c *ctrd) answers() bool {
 	if c.Client == nil {
 		var err error
@@ -205,8 +211,11 @@ func (c *ctrd) answers() bool {
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, time.Second)
 	defer cancel()
-	ok, err := c.IsServing(ctx)
-	return ok && err == nil
+	if ok, err := c.IsServing(ctx); !ok || err != nil {
+		return false
+	}
+	_, err := cri.NewRuntimeServiceClient(c.Conn().(*grpc.ClientConn)).Status(ctx, &cri.StatusRequest{})
+	return err == nil || status.Code(err) == codes.Unimplemented
 }
 
 // said gives the end of its log.
@@ -247,6 +256,10 @@ func (c *ctrd) end() {
 			}
 		}
 		c.down(syscall.SIGTERM)
+	}
+	// One that was told to end may take a moment.
+	for end := time.Now().Add(time.Minute); len(c.shims()) > 0 && !t.Failed() && time.Now().Before(end); {
+		time.Sleep(20 * time.Millisecond)
 	}
 	for pid, line := range c.shims() {
 		t.Errorf("a shim is left: %s", line)
@@ -327,4 +340,22 @@ func (c *ctrd) ctrOK(args ...string) string {
 		c.t.Fatal(r)
 	}
 	return strings.TrimSuffix(r.out, "\n")
+}
+
+// ctrRun has ctr run a container to its end, and gives what that wrote to its stdout.
+// It writes to a file: ctr closes its own end of the pipes without having opened it
+// where the container is faster.
+func (c *ctrd) ctrRun(snapshotter, ref string, args ...string) result {
+	c.t.Helper()
+	said := c.path("said")
+	r := c.ctr(append([]string{"run", "--rm", "--net-host", "--log-uri", "file://" + said, "--snapshotter", snapshotter, ref, "ctr"}, args...)...)
+	b, err := os.ReadFile(said)
+	if err == nil {
+		err = os.Remove(said)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // it may not have come to it
+		c.t.Fatal(err)
+	}
+	r.out += string(b)
+	return r
 }

@@ -123,9 +123,12 @@ func TestContainerMonitor(t *testing.T) {
 	if code := run.ProcessState.ExitCode(); code != 137 {
 		t.Errorf("run ended with %d", code)
 	}
-	if alive(pid) {
-		t.Error("its process is left")
-	}
+	h.eventually("its process", func() string {
+		if alive(pid) {
+			return "is left"
+		}
+		return ""
+	}, "")
 	if s := h.state("c"); s.Status != "exited" || s.ExitCode != 137 || !strings.Contains(s.Error, "monitor") {
 		t.Errorf("state %+v", s)
 	}

@@ -1,6 +1,8 @@
 package test
 
 import (
+	"bufio"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -110,9 +112,10 @@ func TestContainerLife(t *testing.T) {
 	h.fails(3, "logs", "no-such")
 	h.fails(125, "exec", "c", "true")
 	h.fails(1, "kill", "c")
-	if len(h.mounted()) != 0 || len(h.monitors()) != 0 {
-		t.Errorf("of one that ended: mounts %q, monitors %v", h.mounted(), h.monitors())
+	if len(h.mounted()) != 0 {
+		t.Errorf("of one that ended: mounts %q", h.mounted())
 	}
+	h.eventually("monitors of one that ended", func() string { return strings.Join(h.monitors(), " ") }, "")
 
 	// Again, with what was changed.
 	h.gives("c\n", "start", "c")
@@ -137,14 +140,16 @@ func TestContainerLife(t *testing.T) {
 	}
 	// Attached: its output and its end are the verb's.
 	start := h.command("start", "-a", "c")
-	var out strings.Builder
-	start.Stdout = &out
+	pipe := mustGet[io.ReadCloser](t)(start.StdoutPipe())
 	must(t, start.Start())
-	h.eventually("the fourth run", func() string { return h.run("exec", "c", "cat", "/runs").out }, "run\nrun\nrun\nrun\n")
+	out := bufio.NewReader(pipe)
+	first, err := out.ReadString('\n') // from then on it heeds the signal
+	must(t, err)
 	h.ok("stop", "c")
+	rest := mustGet[[]byte](t)(io.ReadAll(out))
 	start.Wait()
-	if start.ProcessState.ExitCode() != 3 || out.String() != "ready\nbye\n" {
-		t.Errorf("start -a: exit %d, %q", start.ProcessState.ExitCode(), out.String())
+	if got := first + string(rest); start.ProcessState.ExitCode() != 3 || got != "ready\nbye\n" {
+		t.Errorf("start -a: exit %d, %q", start.ProcessState.ExitCode(), got)
 	}
 	// One that ended is a mount like any other that is unmounted.
 	dir := h.ok("mount", "--name", "c")

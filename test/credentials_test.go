@@ -156,6 +156,8 @@ func (h *host) hides(words ...string) {
 				var b []byte
 				if b, err = os.ReadFile(p); err == nil {
 					check(p, string(b))
+				} else if errors.Is(err, fs.ErrNotExist) {
+					return nil // it has gone meanwhile
 				}
 			}
 			return err

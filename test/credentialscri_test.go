@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -228,9 +229,11 @@ func TestPullSecretOfContainerd(t *testing.T) {
 			p := newPrivate(t, 6, "pod:"+secret)
 			ref := p.push(t, "private/image:1", booted(t, forms.EStargz, "secret"))
 			c := newCtrd(t, e, "registry.example/pause:1")
+			c.down(syscall.SIGTERM) // else it may know for a while that the daemon is away
 			c.stop()
 			c.configure("cri_address = \"" + c.socket() + "\"\n")
 			c.ok("ps")
+			c.up()
 			_, cri := c.imageService()
 			spec := &runtimeapi.ImageSpec{Image: ref}
 			for _, a := range []*runtimeapi.AuthConfig{nil, {Username: "pod", Password: "wrong-word"}} {
