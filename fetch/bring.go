@@ -85,7 +85,7 @@ func (b *bringing) failed(err error) {
 // part waits for a part's turn and has it brought.
 func (b *bringing) part(ctx context.Context, wg *sync.WaitGroup, p part) error {
 	l := p.layer.Layer
-	if b.f.store.Room() < l.size(p.frames) {
+	if b.f.room() < l.size(p.frames) {
 		return fmt.Errorf("%v: %w", l, ErrNoRoom)
 	}
 	var t *trip
@@ -168,7 +168,7 @@ func (l *Layer) bring(claimed []int, gap int64, t *trip) {
 // for already it does not.
 func (l *Layer) fetchAhead(frames []int) {
 	const enough = 64
-	if l.f.schedule.waiting(ReadAhead) > enough || l.f.store.Room() < l.size(frames) {
+	if l.f.schedule.waiting(ReadAhead) > enough || l.f.room() < l.size(frames) {
 		return
 	}
 	size := l.f.schedule.portion()
@@ -192,6 +192,13 @@ func (l *Layer) fetchAhead(frames []int) {
 			l.bring(claimed, nearby, t)
 		}()
 	}
+}
+
+// room gives how many bytes more may be brought that nobody waits for: what is on
+// its way, and not on the disk yet, has its place there.
+func (f *Fetcher) room() int64 {
+	coming := f.coming.Load() // first: what lands meanwhile counts twice rather than not
+	return f.store.Room() - coming
 }
 
 // size gives how many bytes of the data file frames fill.

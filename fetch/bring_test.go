@@ -498,8 +498,18 @@ func TestDiskNearlyFull(t *testing.T) {
 	s := serve(t, l)
 	m := on(t, dir, quick)
 	h := m.open(t, l, s.origin(l))
-	if err := m.Bring(t.Context(), everything(h), Bringing{Class: Profile}); !errors.Is(err, ErrNoRoom) {
+	// A link that takes much at once to be full: what is on its way has its place too.
+	s.SetFault(func(*http.Request) *link.Fault {
+		m.schedule.mu.Lock()
+		defer m.schedule.mu.Unlock()
+		m.schedule.wire = wire{trip: time.Second, began: time.Now(), rates: [16]float64{8 << 20}}
+		return &link.Fault{Delay: 20 * time.Millisecond}
+	})
+	if err := m.Bring(t.Context(), everything(h), Bringing{Class: Profile}); !errors.Is(err, ErrNoRoom) || errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("it says %v", err)
+	}
+	if n := m.coming.Load(); n != 0 {
+		t.Errorf("%d bytes are still to come", n)
 	}
 	if n := h.Local(); n < 8_000_000 || n > 20_000_000 {
 		t.Errorf("it stopped after %d bytes", n)

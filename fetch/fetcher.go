@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/docker/go-units"
 	"golang.org/x/sync/singleflight"
@@ -48,6 +49,8 @@ type Fetcher struct {
 	opening  singleflight.Group
 
 	turns *turns
+
+	coming atomic.Int64 // bytes of data files that are on their way ahead of need
 
 	opened  sync.WaitGroup
 	running sync.WaitGroup // passes

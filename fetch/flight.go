@@ -107,11 +107,18 @@ func (l *Layer) claim(frames, besides []int) (waits []*flight, claimed []int, er
 func (l *Layer) claimFree(frames []int, t *trip) (claimed []int) {
 	for _, f := range frames {
 		if _, bad := l.failed[f]; !bad && l.flights[f] == nil && !l.data.Present(f) {
-			l.flights[f] = &flight{done: make(chan struct{}), trip: t, ahead: true}
+			l.flights[f] = l.flyAhead(f, t)
 			claimed = append(claimed, f)
 		}
 	}
 	return claimed
+}
+
+// flyAhead gives the flight of a frame that nobody waits for. It has its room on the
+// disk from then on.
+func (l *Layer) flyAhead(frame int, t *trip) *flight {
+	l.f.coming.Add(sizeOf(l.frames.FramePieces(frame)))
+	return &flight{done: make(chan struct{}), trip: t, ahead: true}
 }
 
 // claimRest claims every frame that is neither present nor on its way: a blob
@@ -123,7 +130,7 @@ func (l *Layer) claimRest(scan bool) (claimed []int) {
 	n, _, _ := l.frames.Len()
 	for f := range n {
 		if l.flights[f] == nil && !l.data.Present(f) && (scan || l.frames.Frame(f).Kind != index.Stream) {
-			l.flights[f] = &flight{done: make(chan struct{}), ahead: true}
+			l.flights[f] = l.flyAhead(f, nil)
 			claimed = append(claimed, f)
 		}
 	}
@@ -142,6 +149,9 @@ func (l *Layer) land(err error, frames ...int) {
 	for _, f := range frames {
 		w := l.flights[f]
 		delete(l.flights, f)
+		if w.ahead {
+			l.f.coming.Add(-sizeOf(l.frames.FramePieces(f)))
+		}
 		switch {
 		case err == nil && w.ahead:
 			l.unread(f)

@@ -368,7 +368,7 @@ func (m *machine) openFile(t testing.TB, l *layer) *Handle {
 func TestPassWaitsLongForItsTurn(t *testing.T) {
 	fs := volumes(4, 1<<20)
 	a, b := packLayer(t, makeTar(t, fs), fs, raw), packLayer(t, makeTar(t, fs[1:]), fs[1:], raw)
-	m := on(t, t.TempDir(), Patience{Stall: 10 * time.Second, Total: 200 * time.Millisecond, Base: 1})
+	m := on(t, t.TempDir(), Patience{Stall: time.Minute, Total: time.Second, Base: 1})
 	pb, bb := m.start(t, b)
 	defer pb.Close()
 	bb.allow(1 << 20)
@@ -377,8 +377,8 @@ func TestPassWaitsLongForItsTurn(t *testing.T) {
 	}
 	pa, _ := m.start(t, a)
 	done := pa.Want()
-	bb.allow(1<<20 + 4096) // it may have asked before its turn was over
-	time.Sleep(300 * time.Millisecond)
+	bb.allow(1<<20 + 4096)              // it may have asked before its turn was over
+	time.Sleep(1500 * time.Millisecond) // more than its patience
 	bb.breakOff()
 	bb.allow(len(b.blob))
 	done()

@@ -135,7 +135,7 @@ func (m *growingTest) add(layer int, es ...index.Entry) {
 // run runs a program in the mount and gives what it prints.
 func (m *growingTest) run(args ...string) (string, error) {
 	m.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	// Not by cmd.Dir: between fork and exec the test would touch its mount.

@@ -202,7 +202,7 @@ func TestReferrersAskBothAtOnceThenOne(t *testing.T) {
 				mu.Unlock()
 				select {
 				case <-both:
-				case <-time.After(5 * time.Second):
+				case <-time.After(time.Minute):
 					t.Error("not side by side")
 				}
 				return false

@@ -210,7 +210,7 @@ func FuzzRead(f *testing.F) {
 		if err := l.Frames.Verify(); err != nil {
 			t.Error(err)
 		}
-		if d := time.Since(start); d > 10*time.Second {
+		if d := time.Since(start); d > time.Minute {
 			t.Errorf("took %v", d)
 		}
 	})
