@@ -45,9 +45,8 @@ type Chains struct {
 	opening  singleflight.Group
 	mounting singleflight.Group
 
-	mu     sync.Mutex
-	open   map[string]*pulledImage // by manifest
-	coming map[string]bool         // manifests of those that are being opened
+	mu   sync.Mutex
+	open map[string]*pulledImage // by manifest
 
 	marks sync.Mutex // of who changes the files of marked names
 }
@@ -118,18 +117,11 @@ func (c *Chains) pulled(name image.Name) (*pulledImage, error) {
 	id := name.Digest().String()
 	c.mu.Lock()
 	o := c.open[id]
-	if o == nil {
-		c.coming[id] = true
-	}
 	c.mu.Unlock()
 	if o != nil {
 		return o, nil
 	}
-	defer func() {
-		c.mu.Lock()
-		delete(c.coming, id)
-		c.mu.Unlock()
-	}()
+	defer c.d.using.use(&image.Manifest{Digest: name.Digest()})() // before its name is noted
 	marked, err := c.mark(name)
 	if err != nil {
 		return nil, err
@@ -250,6 +242,7 @@ func (c *Chains) letGo(id string) {
 	defer c.mu.Unlock()
 	if o := c.open[id]; o != nil {
 		delete(c.open, id)
+		o.tree.unuse()
 		close(o.gone)
 	}
 }

@@ -57,14 +57,16 @@ func (c *Chains) Usage(_ context.Context, ch Chain) (n int64, err error) {
 
 // Forget deletes what is kept of a chain's highest layer, and the image's documents
 // with its last one, unless somebody needs them.
-func (c *Chains) Forget(ctx context.Context, gone Chain, left []Chain) error {
+func (c *Chains) Forget(_ context.Context, gone Chain, left []Chain) error {
+	c.d.using.deciding.Lock()
+	defer c.d.using.deciding.Unlock()
 	all, err := c.digests(gone)
 	if err != nil {
 		return err
 	}
 	if !slices.ContainsFunc(left, func(ch Chain) bool { return ch.Manifest == gone.Manifest }) {
 		c.letGo(gone.Manifest)
-		if err := c.Sweep(ctx, left); err != nil {
+		if _, err := c.sweep(left); err != nil {
 			return err
 		}
 	}
@@ -81,7 +83,7 @@ func (c *Chains) Forget(ctx context.Context, gone Chain, left []Chain) error {
 }
 
 // needed gives the layers that somebody may come back to: snapshots that are left,
-// mounts, images that are just being pulled, and those that were not got for
+// mounts, images that something is done with, and those that were not got for
 // containerd.
 func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 	needed := map[string]bool{}
@@ -101,13 +103,11 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 		}
 	}
 	c.d.mu.Unlock()
-	c.mu.Lock()
-	for _, o := range c.open {
-		for _, l := range o.layers {
-			needed[l.Digest] = true
-		}
+	c.d.using.mu.Lock()
+	for l := range c.d.using.layers {
+		needed[l] = true
 	}
-	c.mu.Unlock()
+	c.d.using.mu.Unlock()
 	all, err := c.d.images.List()
 	if err != nil {
 		return nil, err
@@ -199,4 +199,16 @@ func (c *Chains) unmark(manifest digest.Digest, meant func(name string) bool) er
 		}
 	}
 	return c.setMarked(manifest, slices.DeleteFunc(names, meant))
+}
+
+// taken says that somebody wants an image by a name for himself: it does not go with
+// containerd's snapshots any more.
+func (c *Chains) taken(name image.Name, manifest digest.Digest) error {
+	c.marks.Lock()
+	defer c.marks.Unlock()
+	names, err := c.marked(manifest)
+	if err != nil || !slices.Contains(names, name.String()) {
+		return err
+	}
+	return c.setMarked(manifest, slices.DeleteFunc(names, func(s string) bool { return s == name.String() }))
 }

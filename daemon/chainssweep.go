@@ -17,15 +17,22 @@ import (
 // here any more. So what is noted and nobody needs goes, whichever way it came to that.
 
 // Sweep deletes what came here for snapshots and neither those that are left need nor
-// anybody else.
-func (c *Chains) Sweep(_ context.Context, left []Chain) error {
-	idle, err := c.idle(left)
+// anybody else. It says whether some of it is still in use, so that it is worth another
+// try.
+func (c *Chains) Sweep(_ context.Context, left []Chain) (again bool, err error) {
+	c.d.using.deciding.Lock()
+	defer c.d.using.deciding.Unlock()
+	return c.sweep(left)
+}
+
+func (c *Chains) sweep(left []Chain) (again bool, err error) {
+	idle, used, err := c.idle(left)
 	if err != nil || len(idle) == 0 {
-		return err
+		return used, err
 	}
 	needed, err := c.needed(left)
 	if err != nil {
-		return err
+		return false, err
 	}
 	var errs []error
 	noted := map[digest.Digest][]string{}
@@ -38,8 +45,11 @@ func (c *Chains) Sweep(_ context.Context, left []Chain) error {
 			errs = append(errs, err)
 			continue
 		}
-		c.d.dropIndex(layers) // while they are here: it is known by them
-		noted[id] = slices.DeleteFunc(layers, func(l string) bool { return needed[l] })
+		gone := slices.DeleteFunc(slices.Clone(layers), func(l string) bool { return needed[l] })
+		if len(gone) > 0 {
+			c.d.dropIndex(layers) // while they are here: it is known by them
+		}
+		noted[id] = gone
 	}
 	for _, layers := range noted {
 		for _, l := range layers {
@@ -47,42 +57,61 @@ func (c *Chains) Sweep(_ context.Context, left []Chain) error {
 		}
 	}
 	for id, layers := range noted {
-		if !slices.ContainsFunc(layers, c.has) { // else a later sweep sees whether it went
-			os.Remove(c.layersPath(id))
+		if slices.ContainsFunc(layers, c.has) { // somebody is still at it
+			used = true
+			continue
 		}
+		os.Remove(c.layersPath(id))
 	}
-	return errors.Join(errs...)
+	return used, errors.Join(errs...)
 }
 
 // idle gives the images that something is noted of, that have no snapshot and that
-// nobody is just pulling.
-func (c *Chains) idle(left []Chain) (all []digest.Digest, err error) {
-	has := map[string]bool{}
+// nobody does anything with, and whether there are some that have none and are used.
+func (c *Chains) idle(left []Chain) (all []digest.Digest, used bool, err error) {
+	seen := map[string]bool{}
 	for _, ch := range left {
-		has[ch.Manifest] = true
+		seen[ch.Manifest] = true
 	}
-	c.mu.Lock()
-	for id := range c.open {
-		has[id] = true
-	}
-	for id := range c.coming {
-		has[id] = true
-	}
-	c.mu.Unlock()
+	uses := c.inUse()
 	for _, dir := range []string{c.notesDir(notedNames), c.notesDir(notedLayers)} {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, err
+			return nil, false, err
 		}
 		for _, e := range entries {
 			id := digest.NewDigestFromEncoded(digest.SHA256, e.Name())
-			if id.Validate() == nil && !has[id.String()] {
-				has[id.String()] = true
+			if id.Validate() != nil || seen[id.String()] {
+				continue
+			}
+			seen[id.String()] = true
+			if uses[id.String()] {
+				used = true
+			} else {
 				all = append(all, id)
 			}
 		}
 	}
-	return all, nil
+	return all, used, nil
+}
+
+// inUse gives the manifests of images that something is done with, and of those that
+// somebody has mounted, or has changes of.
+func (c *Chains) inUse() map[string]bool {
+	uses := map[string]bool{}
+	c.d.mu.Lock()
+	for _, m := range c.d.mounts {
+		if !m.Base {
+			uses[m.Target], uses[m.Manifest] = true, true
+		}
+	}
+	c.d.mu.Unlock()
+	c.d.using.mu.Lock()
+	defer c.d.using.mu.Unlock()
+	for id := range c.d.using.manifests {
+		uses[id] = true
+	}
+	return uses
 }
 
 func (c *Chains) has(layer string) bool { return len(c.d.fetcher.Layers(layer)) > 0 }
@@ -92,7 +121,7 @@ func (c *Chains) has(layer string) bool { return len(c.d.fetcher.Layers(layer)) 
 func (c *Chains) removeLayer(id string) {
 	for _, l := range c.d.fetcher.Layers(id) {
 		c.d.fetcher.Remove(l, func(err error) {
-			c.d.faces.gone(l.Key)
+			c.d.faces.gone(l)
 			if err != nil {
 				c.d.log.Error("a layer was not all removed", "layer", l.Digest, "err", err)
 			}

@@ -35,6 +35,7 @@ type Daemon struct {
 	fetcher    *fetch.Fetcher
 	faces      *faces
 	chains     *Chains
+	using      inUse
 	stop       context.CancelFunc
 	life       context.Context // ends with the daemon
 
@@ -86,7 +87,7 @@ func Run(ctx context.Context, c Config, ready func()) (err error) {
 	d.fetcher = fetch.New(fetch.Config{Store: st, Metrics: d.m, Log: d.log, Patience: c.Patience, BackgroundRate: c.BackgroundRate, BackgroundHours: c.BackgroundHours})
 	defer func() { err = errors.Join(err, d.fetcher.Close()) }()
 	d.faces = newFaces(d)
-	d.chains = &Chains{d: d, open: map[string]*pulledImage{}, coming: map[string]bool{}}
+	d.chains = &Chains{d: d, open: map[string]*pulledImage{}}
 	defer d.faces.close()
 	defer d.unmountAll()
 	defer d.background.Wait()

@@ -245,13 +245,15 @@ func (f *faces) forget(key string, data fs.Data) {
 }
 
 // gone takes the data file of a layer away that was removed.
-func (f *faces) gone(key string) {
+func (f *faces) gone(l *fetch.Layer) {
 	f.mu.Lock()
-	delete(f.plain, key)
+	if f.plain[l.Key] == 0 { // else it is another's by now
+		delete(f.plain, l.Key)
+	}
 	files := f.data
 	f.mu.Unlock()
 	if files != nil {
-		files.Remove(dataName(key))
+		files.Remove(dataName(l.Key), l)
 	}
 }
 

@@ -21,6 +21,7 @@ type record struct {
 	MountOptions
 	ID        string     `json:"id"`
 	Target    string     `json:"target"`
+	Manifest  string     `json:"manifest,omitempty"`  // digest of the platform's
 	OwnDir    bool       `json:"own_dir"`             // we made the directory and remove it
 	OwnUpper  bool       `json:"own_upper,omitempty"` // the upper lies in the state directory
 	Unmounted *time.Time `json:"unmounted,omitempty"` // since when only its changes are kept
@@ -83,7 +84,7 @@ func (d *Daemon) Mount(ctx context.Context, o MountOptions, n note) (_ *Mount, e
 	case m.tree == nil:
 		err = errors.New("it was unmounted at once")
 	default:
-		m.Target, m.Unmounted = m.tree.manifest.Target.String(), nil
+		m.Target, m.Manifest, m.Unmounted = m.tree.manifest.Target.String(), m.tree.manifest.Digest.String(), nil
 		m.Keys = m.tree.keys()
 		err = m.save()
 	}
@@ -198,6 +199,9 @@ func (m *mount) down(lazy bool) error {
 		m.start = nil
 	}
 	t, up, done := m.tree, m.upper, m.face.Done()
+	if m.Base { // a snapshot needs it, or nobody does: who is still in it has it open
+		t.unuse()
+	}
 	if _, ok := m.face.(*overlay); ok && up != nil {
 		// Nobody tells when the last has left what the kernel serves. Whether the
 		// upper is free then is asked of the kernel, see [fs.UpperInUse].

@@ -212,6 +212,9 @@ func (p *pulling) one(ctx context.Context, o ImageOptions) error {
 	if err = x.open(ctx); err == nil && p.Full {
 		err = x.fill(ctx)
 	}
+	if err == nil && !p.Containerd {
+		err = p.chains.taken(p.name, r.manifest.Digest)
+	}
 	if p.Containerd {
 		if err == nil {
 			t.retain()

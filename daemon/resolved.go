@@ -20,6 +20,7 @@ type resolved struct {
 	manifest *image.Manifest
 	blobs    *blobs
 	indexes  *indexes
+	unuse    func()                   // has it no longer count as used, as close does
 	known    []byte                   // the config, where it was here
 	config   func() ([]byte, error)   // asked for once
 	diffIDs  func() ([]string, error) // of the layers, by the config
@@ -42,7 +43,7 @@ func (d *Daemon) resolve(ctx context.Context, o ImageOptions, n note) (_ *resolv
 	if err != nil {
 		return nil, fmt.Errorf("%w%w", err, silent{errUsage})
 	}
-	r := &resolved{d: d, name: name, o: o, blobs: &blobs{d: d}}
+	r := &resolved{d: d, name: name, o: o, blobs: &blobs{d: d}, unuse: func() {}}
 	defer func() {
 		if err != nil {
 			r.close()
@@ -58,6 +59,7 @@ func (d *Daemon) resolve(ctx context.Context, o ImageOptions, n note) (_ *resolv
 	if r.manifest, r.known, err = d.manifest(ctx, src, name, o, n); err != nil {
 		return nil, err
 	}
+	r.unuse = d.using.use(r.manifest)
 	// An image that was made here has its layers in the repositories of what it
 	// was made of, and in its own only if it was pushed.
 	for _, from := range slices.Backward(r.manifest.Sources) {
@@ -88,7 +90,10 @@ func (d *Daemon) resolve(ctx context.Context, o ImageOptions, n note) (_ *resolv
 	return r, nil
 }
 
-func (r *resolved) close() { r.blobs.Close() }
+func (r *resolved) close() {
+	r.blobs.Close()
+	r.unuse()
+}
 
 // tree opens the layers. What it gives closes the image with them; so does an error.
 func (r *resolved) tree(ctx context.Context, n note, growing bool) (*tree, error) {

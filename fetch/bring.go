@@ -85,7 +85,7 @@ func (b *bringing) failed(err error) {
 // part waits for a part's turn and has it brought.
 func (b *bringing) part(ctx context.Context, wg *sync.WaitGroup, p part) error {
 	l := p.layer.Layer
-	if b.f.room() < l.size(p.frames) {
+	if !l.hasRoom(p.frames) {
 		return fmt.Errorf("%v: %w", l, ErrNoRoom)
 	}
 	var t *trip
@@ -168,7 +168,7 @@ func (l *Layer) bring(claimed []int, gap int64, t *trip) {
 // for already it does not.
 func (l *Layer) fetchAhead(frames []int) {
 	const enough = 64
-	if l.f.schedule.waiting(ReadAhead) > enough || l.f.room() < l.size(frames) {
+	if l.f.schedule.waiting(ReadAhead) > enough || !l.hasRoom(frames) {
 		return
 	}
 	size := l.f.schedule.portion()
@@ -194,19 +194,22 @@ func (l *Layer) fetchAhead(frames []int) {
 	}
 }
 
-// room gives how many bytes more may be brought that nobody waits for: what is on
-// its way, and not on the disk yet, has its place there.
-func (f *Fetcher) room() int64 {
-	coming := f.coming.Load() // first: what lands meanwhile counts twice rather than not
-	return f.store.Room() - coming
-}
-
-// size gives how many bytes of the data file frames fill.
-func (l *Layer) size(frames []int) (n int64) {
+// hasRoom reports whether there is room on the disk for frames that nobody waits for.
+// What is on its way, and not on the disk yet, has its place there.
+func (l *Layer) hasRoom(frames []int) bool {
+	var n int64
+	l.mu.Lock()
 	for _, f := range frames {
-		n += sizeOf(l.frames.FramePieces(f))
+		if l.flights[f] == nil && !l.data.Present(f) {
+			n += sizeOf(l.frames.FramePieces(f))
+		}
 	}
-	return n
+	l.mu.Unlock()
+	if n == 0 {
+		return true
+	}
+	coming := l.f.coming.Load() // first: what lands meanwhile counts twice rather than not
+	return n <= l.f.store.Room()-coming
 }
 
 // pull brings all that is missing, as the background of a reader that takes most of

@@ -56,32 +56,44 @@ func (d *DataFiles) GiveUp(name string) {
 	}
 }
 
-// Add makes a data file visible under a name. A name that is there keeps its
-// file.
+// Add makes a data file visible under a name, in the place of another that had it.
 func (d *DataFiles) Add(name string, f Data) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if _, ok := d.names[name]; ok {
+	old, had := d.names[name]
+	if had && d.files[old-2].Data == f {
+		d.mu.Unlock()
 		return
+	}
+	if had {
+		d.files[old-2] = nil
 	}
 	d.files = append(d.files, &dataFile{Data: f, name: name})
 	d.names[name] = uint64(len(d.files)) + 1
+	d.mu.Unlock()
+	if had {
+		d.forgotten(old, name)
+	}
 }
 
-// Remove takes a data file away that nobody reads through any more. One that is added
-// with its name is another file.
-func (d *DataFiles) Remove(name string) {
+// Remove takes a data file away that nobody reads through any more, unless another has
+// its name by now.
+func (d *DataFiles) Remove(name string, f Data) {
 	d.mu.Lock()
 	id, ok := d.names[name]
-	if ok {
+	if ok = ok && d.files[id-2].Data == f; ok {
 		delete(d.names, name)
 		d.files[id-2] = nil
 	}
 	d.mu.Unlock()
 	if ok {
-		d.server.InodeNotify(id, 0, 0)
-		d.server.EntryNotify(fuse.FUSE_ROOT_ID, name) // it may know nothing of either
+		d.forgotten(id, name)
 	}
+}
+
+// forgotten has the kernel forget a file, of which it may know nothing.
+func (d *DataFiles) forgotten(id uint64, name string) {
+	d.server.InodeNotify(id, 0, 0)
+	d.server.EntryNotify(fuse.FUSE_ROOT_ID, name)
 }
 
 // Direct says that somebody reads a data file without the page cache. What he asks

@@ -149,17 +149,24 @@ func (s *Snapshotter) rest() {
 		left, err := s.unmountIdle(context.Background(), false)
 		if err != nil {
 			s.log.Warn("images that no container uses stay mounted", "err", err)
-			return
 		}
-		if err := s.images.Sweep(context.Background(), left); err != nil {
-			s.log.Warn("what was fetched for containerd and is not needed stays", "err", err)
+		again := err != nil
+		if left != nil {
+			used, err := s.images.Sweep(context.Background(), left)
+			if err != nil {
+				s.log.Warn("what was fetched for containerd and is not needed stays", "err", err)
+			}
+			again = again || used || err != nil
+		}
+		if again {
+			s.rest()
 		}
 	})
 }
 
 // unmountIdle unmounts the chains that no container lies on, or, where only those
 // that are gone are meant, that no snapshot stands for. It gives the chains of all
-// remote snapshots.
+// remote snapshots, nil where they are not known.
 func (s *Snapshotter) unmountIdle(ctx context.Context, gone bool) (all []daemon.Chain, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -167,6 +174,7 @@ func (s *Snapshotter) unmountIdle(ctx context.Context, gone bool) (all []daemon.
 	for c := range s.coming {
 		used[c] = true
 	}
+	all = []daemon.Chain{}
 	var keys []snapshots.Info
 	if err := s.local.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
 		keys = append(keys, i)

@@ -42,8 +42,9 @@ type Images interface {
 	// that are left needs it, or anybody else.
 	Forget(ctx context.Context, gone daemon.Chain, left []daemon.Chain) error
 	// Sweep deletes what came for snapshots, of pulls that were given up, and none of
-	// those that are left needs, nor anybody else.
-	Sweep(ctx context.Context, left []daemon.Chain) error
+	// those that are left needs, nor anybody else. It says whether some of it is still in
+	// use, so that it is worth another try.
+	Sweep(ctx context.Context, left []daemon.Chain) (again bool, err error)
 }
 
 // Config is what a Snapshotter is made of. All of it is needed but Linger.

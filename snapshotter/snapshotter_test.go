@@ -81,11 +81,11 @@ func (im *images) Forget(_ context.Context, gone daemon.Chain, left []daemon.Cha
 	return nil
 }
 
-func (im *images) Sweep(_ context.Context, left []daemon.Chain) error {
+func (im *images) Sweep(_ context.Context, left []daemon.Chain) (again bool, err error) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	im.swept = append(im.swept, left)
-	return nil
+	return false, nil
 }
 
 func (im *images) lastSwept() []daemon.Chain {
