@@ -72,12 +72,20 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 			opts.Options = []string{"default_permissions"}
 		}
 	}
-	if t, ok := raw.(*Tree); ok {
-		return serveTree(dir, t, opts, o)
-	}
-	server, err := fuse.NewServer(raw, dir, opts)
+	// go-fuse's own mount(2) leaves the connection to whatever we execute, and what of
+	// that outlives us would keep it from ending.
+	c, err := connect(dir, opts)
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
+	}
+	if t, ok := raw.(*Tree); ok {
+		return serveTree(dir, c, t, opts, o)
+	}
+	opts.DirectMountStrict = false
+	server, err := fuse.NewServer(raw, fmt.Sprintf("/dev/fd/%d", c.fd), opts)
+	if err != nil {
+		unix.Close(c.fd)
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), detach(dir))
 	}
 	s := &Served{dir: dir, done: make(chan struct{})}
 	go func() {
@@ -91,11 +99,7 @@ func Serve(dir string, raw fuse.RawFileSystem, o Options) (*Served, error) {
 }
 
 // serveTree serves an image's tree by one thread, see [loop].
-func serveTree(dir string, t *Tree, opts *fuse.MountOptions, o Options) (*Served, error) {
-	c, err := connect(dir, opts)
-	if err != nil {
-		return nil, fmt.Errorf("mount %s: %w", dir, hint(err))
-	}
+func serveTree(dir string, c *conn, t *Tree, opts *fuse.MountOptions, o Options) (*Served, error) {
 	t.ahead.conn = c
 	l := newLoop(c, t, opts, 0, o.Log)
 	l.reads = t

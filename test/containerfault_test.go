@@ -1,11 +1,13 @@
 package test
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"golang.org/x/sys/unix"
 
 	"github.com/varvefs/varve/bench/forms"
@@ -83,6 +85,39 @@ func TestContainerServed(t *testing.T) {
 		h.ok("start", name)
 		h.gives("from the image\n", "exec", name, "cat", "/data/seed")
 		h.ok("rm", "-f", name)
+	}
+}
+
+// TestContainerDaemonDies kills a daemon through which a container reads its image: what
+// is not here cannot be had any more, which is said, and the container ends as any other.
+func TestContainerDaemonDies(t *testing.T) {
+	h, r := newContainers(t)
+	more := newLayer(t)
+	more.dir("data")
+	more.file("data/big", content("big", 8<<20))
+	img := mustGet[v1.Image](t)(mutate.Config(build(t, forms.EStargz, shellLayer(t), more.bytes()), v1.Config{Env: []string{"PATH=/bin"}}))
+	ref := r.push("run/shell:1", img)
+	for what, end := range map[string]func(){"stopped": h.stop, "killed": h.kill} {
+		h.ok("run", "-d", "--name", what, "--prefetch", "none", ref, "sleep", "1000")
+		h.gives("from the image\n", "exec", what, "cat", "/data/seed")
+		for _, pid := range h.monitors() {
+			fds, err := filepath.Glob("/proc/" + pid + "/fd/*")
+			must(t, err)
+			for _, fd := range fds {
+				if to, err := os.Readlink(fd); err == nil && (to == "/dev/fuse" || strings.HasPrefix(to, h.root+"/cache")) {
+					t.Errorf("%s: the monitor has %s of the daemon's", what, to)
+				}
+			}
+		}
+		end()
+		h.ok("ps")
+		if res := h.run("exec", what, "cat", "/data/big"); res.code == 0 || !strings.Contains(strings.ToLower(res.err), "input/output error") {
+			t.Errorf("%s: %s", what, res)
+		}
+		h.ok("stop", "-t", "0", what)
+		h.ok("start", what)
+		h.gives("from the image\n", "exec", what, "cat", "/data/seed")
+		h.ok("rm", "-f", what)
 	}
 }
 
