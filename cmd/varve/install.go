@@ -62,12 +62,14 @@ func (f *installFlags) settle(cs install.Changes, do func() ([]string, error)) e
 
 func (a *app) installCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "install", Short: "Have containerd find the snapshotter, or systemd start the daemon"}
+	verbless(cmd)
 	cmd.AddCommand(a.nodeContainerdCmd(true), a.nodeSystemdCmd(true))
 	return cmd
 }
 
 func (a *app) uninstallCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "uninstall", Short: "Take back what varve install wrote"}
+	verbless(cmd)
 	cmd.AddCommand(a.nodeContainerdCmd(false), a.nodeSystemdCmd(false))
 	return cmd
 }

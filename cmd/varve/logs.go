@@ -43,7 +43,7 @@ func (a *app) logsCmd() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVarP(&o.Follow, "follow", "f", false, "go on until the container's end")
 	f.StringVarP(&tail, "tail", "n", "all", "only so many of the last lines")
-	f.StringVar(&since, "since", "", "only what was written since: 2026-01-02T15:04:05, seconds since 1970, or 10m ago")
+	f.StringVar(&since, "since", "", "only what was written since: 2026-01-02T15:04:05, seconds since 1970, or 10m for the last ten minutes")
 	f.StringVar(&until, "until", "", "only what was written until then")
 	f.BoolVarP(&o.Timestamps, "timestamps", "t", false, "say when each line was written")
 	return cmd

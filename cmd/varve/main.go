@@ -94,6 +94,21 @@ type app struct {
 	debug bool
 }
 
+// verbless has a command that is nothing without a verb of its own say so.
+func verbless(cmd *cobra.Command) {
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			path := strings.Fields(cmd.CommandPath())[1:]
+			return fmt.Errorf("no such verb: %s", strings.Join(append(path, args[0]), " "))
+		}
+		return nil
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		cmd.Help()
+		return usageError{errors.New("a verb is missing")}
+	}
+}
+
 func newRoot() *cobra.Command {
 	a := &app{}
 	root := &cobra.Command{
@@ -101,17 +116,8 @@ func newRoot() *cobra.Command {
 		Short:         "Mount container images as directories, fetching only what is read",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fmt.Errorf("no such verb: %s", args[0])
-			}
-			return nil
-		},
-		RunE: func(cmd *cobra.Command, args []string) error {
-			cmd.Help()
-			return usageError{errors.New("a verb is missing")}
-		},
 	}
+	verbless(root)
 	f := root.PersistentFlags()
 	f.StringVarP(&a.host, "host", "H", "", "the daemon's socket, as unix:///path (env VARVE_HOST)")
 	f.StringVar(&a.root, "root", "", "keep state, cache and runtime files below this directory (env VARVE_ROOT)")

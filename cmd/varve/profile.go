@@ -25,17 +25,8 @@ func (a *app) profileCmd() *cobra.Command {
 			"profile lies beside the image in its registry, and first mounts elsewhere use it.",
 		Example: "  varve profile show python:3.12\n  varve profile push registry.example/app:1\n" +
 			"  varve profile import registry.example/app:1 start.txt",
-		Args: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return fmt.Errorf("no such verb: profile %s", args[0])
-			}
-			return nil
-		},
-		RunE: func(cmd *cobra.Command, args []string) error {
-			cmd.Help()
-			return usageError{errors.New("a verb is missing")}
-		},
 	}
+	verbless(cmd)
 	cmd.AddCommand(a.profileLsCmd(), a.profileShowCmd(), a.profilePushCmd(), a.profilePullCmd(), a.profileRmCmd(), a.profileImportCmd())
 	return cmd
 }

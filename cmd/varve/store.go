@@ -10,6 +10,7 @@ import (
 
 func (a *app) storeCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "store", Short: "Look after what is kept of images"}
+	verbless(cmd)
 	cmd.AddCommand(&cobra.Command{
 		Use:   "drop IMAGE|LAYER",
 		Short: "Give up the contents of an image or of a layer; reads fetch them again, by range",
