@@ -54,6 +54,11 @@ func (c *Client) Pull(ctx context.Context, im Image, o Options) (out Pulled, err
 		return out, fmt.Errorf("image %s: %w", im.Name, err)
 	}
 	out.Familiar, out.Layers = p.name.Familiar(), len(p.diffIDs)
+	defer func() {
+		if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) { // gRPC's own word for it
+			err = fmt.Errorf("%w: %w", ctx.Err(), err)
+		}
+	}()
 	ctx = namespaces.WithNamespace(ctx, c.Namespace)
 	lease, err := c.leases.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseFor))
 	if err != nil {

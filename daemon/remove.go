@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/varvefs/varve/fs"
 	"github.com/varvefs/varve/fs/upper"
 )
 
@@ -37,7 +38,11 @@ func (d *Daemon) Remove(o UnmountOptions) (Removed, error) {
 	case m.tree != nil && !o.Force:
 		err = &Error{Message: fmt.Sprintf("the mount %q is mounted at %s: umount it first, or force it with -f", m.Name, m.Dir), Exit: ExitBusy}
 	default:
-		if err = m.down(true); err == nil {
+		// Taken out of sight it would end a moment later, and have its upper until then.
+		if err = m.down(false); errors.Is(err, fs.ErrBusy) {
+			err = m.down(true)
+		}
+		if err == nil {
 			m.jobs = -1 // for us alone
 		}
 	}

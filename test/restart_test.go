@@ -169,7 +169,7 @@ func TestProbeLeft(t *testing.T) {
 		t.Errorf("it is still there: %v", err)
 	}
 	for _, line := range h.mounts() {
-		if strings.Contains(line, "probe-1") {
+		if strings.Contains(line, "/probe-1/") {
 			t.Errorf("left: %s", line)
 		}
 	}
