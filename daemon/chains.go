@@ -162,10 +162,12 @@ func (c *Chains) keep(t *tree, s *start) (*pulledImage, error) {
 		return nil, err
 	}
 	o := &pulledImage{tree: t, start: s, gone: make(chan struct{})}
+	var digests []string
 	for i, l := range t.manifest.Layers {
-		o.layers = append(o.layers, LayerID{Digest: l.Digest.String(), DiffID: ids[i]})
+		digests = append(digests, l.Digest.String())
+		o.layers = append(o.layers, LayerID{Digest: digests[i], DiffID: ids[i]})
 	}
-	if err := c.note(t.manifest.Digest, o.layers); err != nil {
+	if err := c.note(notedLayers, t.manifest.Digest, digests); err != nil {
 		s.cancel()
 		t.close()
 		return nil, err

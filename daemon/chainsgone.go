@@ -3,10 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 
@@ -19,7 +16,7 @@ func (c *Chains) digests(ch Chain) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if all, err := c.layersOf(name.Digest()); err != nil || len(all) >= ch.Layers {
+	if all, err := c.noted(notedLayers, name.Digest()); err != nil || len(all) >= ch.Layers {
 		return all[:min(ch.Layers, len(all))], err
 	}
 	m, _, err := c.d.images.Get(name, "")
@@ -113,7 +110,7 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 		return nil, err
 	}
 	for _, r := range all {
-		marked, err := c.marked(r.Manifest)
+		marked, err := c.noted(notedNames, r.Manifest)
 		if err != nil {
 			return nil, err
 		}
@@ -135,19 +132,6 @@ func (c *Chains) needed(left []Chain) (map[string]bool, error) {
 	return needed, nil
 }
 
-func (c *Chains) markPath(manifest digest.Digest) string {
-	return filepath.Join(c.notesDir(notedNames), manifest.Encoded())
-}
-
-// marked gives the names by which an image came here for containerd only.
-func (c *Chains) marked(manifest digest.Digest) ([]string, error) {
-	b, err := os.ReadFile(c.markPath(manifest))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	return strings.Fields(string(b)), err
-}
-
 // mark notes that an image comes here for containerd only, unless it is here: that
 // name goes with the last of its snapshots then. It says whether it did.
 func (c *Chains) mark(name image.Name) (bool, error) {
@@ -156,25 +140,11 @@ func (c *Chains) mark(name image.Name) (bool, error) {
 	}
 	c.marks.Lock()
 	defer c.marks.Unlock()
-	names, err := c.marked(name.Digest())
+	names, err := c.noted(notedNames, name.Digest())
 	if err != nil || slices.Contains(names, name.String()) {
 		return false, err
 	}
-	if err := os.MkdirAll(c.notesDir(notedNames), 0o700); err != nil {
-		return false, err
-	}
-	return true, c.setMarked(name.Digest(), append(names, name.String()))
-}
-
-// setMarked is marked's other side. The caller holds marks.
-func (c *Chains) setMarked(manifest digest.Digest, names []string) error {
-	if len(names) > 0 {
-		return writeWhole(c.markPath(manifest), []byte(strings.Join(names, "\n")))
-	}
-	if err := os.Remove(c.markPath(manifest)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
+	return true, c.note(notedNames, name.Digest(), append(names, name.String()))
 }
 
 // unmark takes away the names that mark noted of an image, or of them only those that
@@ -182,7 +152,7 @@ func (c *Chains) setMarked(manifest digest.Digest, names []string) error {
 func (c *Chains) unmark(manifest digest.Digest, meant func(name string) bool) error {
 	c.marks.Lock()
 	defer c.marks.Unlock()
-	names, err := c.marked(manifest)
+	names, err := c.noted(notedNames, manifest)
 	if err != nil || len(names) == 0 {
 		return err
 	}
@@ -198,7 +168,7 @@ func (c *Chains) unmark(manifest digest.Digest, meant func(name string) bool) er
 			}
 		}
 	}
-	return c.setMarked(manifest, slices.DeleteFunc(names, meant))
+	return c.note(notedNames, manifest, slices.DeleteFunc(names, meant))
 }
 
 // taken says that somebody wants an image by a name for himself: it does not go with
@@ -206,9 +176,9 @@ func (c *Chains) unmark(manifest digest.Digest, meant func(name string) bool) er
 func (c *Chains) taken(name image.Name, manifest digest.Digest) error {
 	c.marks.Lock()
 	defer c.marks.Unlock()
-	names, err := c.marked(manifest)
+	names, err := c.noted(notedNames, manifest)
 	if err != nil || !slices.Contains(names, name.String()) {
 		return err
 	}
-	return c.setMarked(manifest, slices.DeleteFunc(names, func(s string) bool { return s == name.String() }))
+	return c.note(notedNames, manifest, slices.DeleteFunc(names, func(s string) bool { return s == name.String() }))
 }

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -37,7 +35,7 @@ func (c *Chains) sweep(left []Chain) (again bool, err error) {
 	var errs []error
 	noted := map[digest.Digest][]string{}
 	for _, id := range idle {
-		layers, err := c.layersOf(id)
+		layers, err := c.noted(notedLayers, id)
 		if err == nil {
 			err = c.unmark(id, func(string) bool { return true })
 		}
@@ -61,7 +59,7 @@ func (c *Chains) sweep(left []Chain) (again bool, err error) {
 			used = true
 			continue
 		}
-		os.Remove(c.layersPath(id))
+		errs = append(errs, c.note(notedLayers, id, nil))
 	}
 	return used, errors.Join(errs...)
 }
@@ -127,43 +125,4 @@ func (c *Chains) removeLayer(id string) {
 			}
 		})
 	}
-}
-
-// What is noted of images, and the directories in which each has a file of its own.
-const (
-	notedNames  = "pulled"
-	notedLayers = "layers"
-)
-
-func (c *Chains) notesDir(what string) string {
-	return filepath.Join(c.d.dirs.State, "containerd", what)
-}
-
-func (c *Chains) layersPath(manifest digest.Digest) string {
-	return filepath.Join(c.notesDir(notedLayers), manifest.Encoded())
-}
-
-// layersOf gives the digests of an image's layers as they were noted, none where they
-// were not.
-func (c *Chains) layersOf(manifest digest.Digest) ([]string, error) {
-	b, err := os.ReadFile(c.layersPath(manifest))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	return strings.Fields(string(b)), err
-}
-
-// note notes the layers of an image.
-func (c *Chains) note(manifest digest.Digest, layers []LayerID) error {
-	if old, err := c.layersOf(manifest); err != nil || len(old) == len(layers) {
-		return err
-	}
-	if err := os.MkdirAll(c.notesDir(notedLayers), 0o700); err != nil {
-		return err
-	}
-	var all strings.Builder
-	for _, l := range layers {
-		all.WriteString(l.Digest + "\n")
-	}
-	return writeWhole(c.layersPath(manifest), []byte(all.String()))
 }
